@@ -1,0 +1,5 @@
+"""The pretrained models that can be fine-tuned, one file a kind."""
+
+from trainers.config import import_submodules
+
+import_submodules(__name__, __path__)
