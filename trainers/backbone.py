@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainers.config import Choice
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
     from trainers.batch import Geometry
     from trainers.diffusion import NoiseProcess
+
+
+SchedulerName = Literal["ddim", "euler", "dpmpp_2m"]
+"""Samplers whose only randomness is the initial noise: DDIM with eta 0, Euler, and DPM-Solver++(2M)."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,16 @@ class Backbone(ABC):
         """
 
     @abstractmethod
+    def encode_null(self) -> TextEmbeddings:
+        """One row: no prompt at all, as the stock pipeline has it when no negative prompt is given."""
+
+    @abstractmethod
     def condition(self, text: TextEmbeddings, geometries: Sequence[Geometry]) -> Condition:
         """Join embeddings and sizes, row by row."""
 
     @abstractmethod
     def denoise(
-        self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], condition: Condition
+        self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"] | Float[Tensor, " b"], condition: Condition
     ) -> Float[Tensor, "b c h w"]:
         """The network's raw output, under the caller's autocast; see `process` for what it means."""
 
@@ -124,12 +132,8 @@ class Backbone(ABC):
         """Pictures, nominally in [-1, 1], float32 and not clipped, of scaled latents."""
 
     @abstractmethod
-    def sampling_scheduler(self, name: str) -> Any:
-        """A diffusers scheduler on this model's own betas and prediction type.
-
-        Raises:
-            ConfigError: `name` is not known.
-        """
+    def sampling_scheduler(self, name: SchedulerName) -> Any:
+        """A new diffusers scheduler on this model's own betas and prediction type."""
 
     @abstractmethod
     def adapter_scale(self, scale: float) -> AbstractContextManager[None]:

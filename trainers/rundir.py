@@ -2,26 +2,32 @@
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import BeforeValidator
 
 from trainers.config import Config
 from trainers.errors import ConfigError
 
 
+Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A number that may be undefined: NaN in memory, `null` in a JSON file."""
+
+
 class Score(Config):
     """What one metric measured on one trial's samples; raw values, never rescaled."""
 
-    mean: float
-    """Mean over prompts of the means over each prompt's samples."""
-    standard_error: float
-    """Standard error of `mean`, clustered by prompt."""
+    mean: Measured
+    """Mean over prompts of the means over each prompt's samples; undefined if no sample has a value."""
+    standard_error: Measured
+    """Standard error of `mean`, clustered by prompt; undefined for fewer than two prompts."""
     num_samples: int
     """Samples with a defined value."""
     num_undefined: int = 0

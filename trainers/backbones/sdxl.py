@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from trainers.backbone import Backbone, BackboneConfig, Condition, Moments, TextEmbeddings
 from trainers.config import LocalPath
-from trainers.errors import ConfigError, ModelError
+from trainers.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor, nn
 
+    from trainers.backbone import SchedulerName
     from trainers.batch import Geometry
 
 _WEIGHTS = {
@@ -32,12 +33,13 @@ _WEIGHTS = {
 
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 
-_SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "dpm_solver": "DPMSolverMultistepScheduler",
+_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    # Latents are not confined to [-1, 1], so DDIM's own defaults, made for pixels, would be wrong.
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
 }
+"""diffusers' class of each `SchedulerName`, and what must not come from the folder or from diffusers' defaults."""
 
 
 class SdxlConfig(BackboneConfig):
@@ -80,6 +82,12 @@ class SdxlConfig(BackboneConfig):
     def downscale(self) -> int:
         """Pixels per latent, along each axis."""
         return 2 ** (len(self.component_config("vae")["block_out_channels"]) - 1)
+
+    @property
+    def zeros_for_null(self) -> bool:
+        """Whether the model was trained to take zero embeddings, not the empty prompt, for no prompt."""
+        index = _read_json(self.path / "model_index.json")
+        return index.get("force_zeros_for_empty_prompt", True)  # the stock pipeline's default
 
     def variant(self, component: str) -> str | None:
         """`fp16` if the component comes in that precision only."""
@@ -137,6 +145,7 @@ class Sdxl(Backbone):
         self._tokenizers = [cast("Any", CLIPTokenizer).from_pretrained(config.path / name) for name in _TOKENIZERS]
         self._scheduler_config = config.scheduler_config()
         self.process = NoiseProcess.from_scheduler_config(self._scheduler_config).to(device)
+        self._zeros_for_null = config.zeros_for_null
         self._downscale = config.downscale
         self._scale = 1.0
         self._shift, self._factor = _latent_statistics(cast("Any", self.vae).config, device)
@@ -167,6 +176,15 @@ class Sdxl(Backbone):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return TextEmbeddings.cat([self._encode([prompt]) for prompt in prompts])
 
+    @override
+    def encode_null(self) -> TextEmbeddings:
+        import torch
+
+        empty = self.encode_prompts([""])
+        if not self._zeros_for_null:
+            return empty
+        return TextEmbeddings(torch.zeros_like(empty.hidden), torch.zeros_like(empty.pooled))
+
     def _encode(self, prompts: list[str]) -> TextEmbeddings:
         import torch
 
@@ -189,7 +207,7 @@ class Sdxl(Backbone):
 
     @override
     def denoise(
-        self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], condition: Condition
+        self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"] | Float[Tensor, " b"], condition: Condition
     ) -> Float[Tensor, "b c h w"]:
         added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
         return self.denoiser(
@@ -206,15 +224,11 @@ class Sdxl(Backbone):
             return vae.decode(unscaled, return_dict=False)[0].float()
 
     @override
-    def sampling_scheduler(self, name: str) -> Any:
+    def sampling_scheduler(self, name: SchedulerName) -> Any:
         import diffusers
 
-        if name not in _SCHEDULERS:
-            raise ConfigError(f"unknown scheduler {name!r}; expected one of {', '.join(_SCHEDULERS)}")
-        cls: Any = getattr(diffusers, _SCHEDULERS[name])
-        # Latents are not confined to [-1, 1], so DDIM's own defaults, made for pixels, would be wrong.
-        options = {"clip_sample": False, "set_alpha_to_one": False} if name == "ddim" else {}
-        return cls.from_config(self._scheduler_config, **options)
+        cls, options = _SCHEDULERS[name]
+        return getattr(diffusers, cls).from_config(self._scheduler_config, **options)
 
     @override
     @contextmanager
