@@ -1,0 +1,1 @@
+"""The control plane: studies, search, jobs, and what is shown of them."""

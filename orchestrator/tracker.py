@@ -1,0 +1,61 @@
+"""What a tracker is: somewhere else to look at a study. The files in the run directories stay the truth."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from trainers.config import Choice
+from trainers.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class StudyView:
+    """A study as trackers and displays see it."""
+
+    name: str
+    root: Path
+    """The study's own folder, `<output>/<name>`."""
+    study_yaml: str
+    """Text of the study after `extends:` and `--set`."""
+    tags: dict[str, str]
+    """What made it: git commit, config hash, library versions."""
+    num_trials: int
+    """Counted trials at which the study is complete."""
+    directions: tuple[str, ...]
+    """`minimize` or `maximize`, one for each objective value."""
+
+
+@dataclass(frozen=True)
+class TrialView:
+    """A trial as trackers and displays see it."""
+
+    number: int
+    state: str
+    """Optuna's name of the state: RUNNING, COMPLETE, PRUNED, FAIL or WAITING."""
+    params: dict[str, Any]
+    """What the sampler chose: dotted path to value."""
+    values: list[float] | None
+    """Objective values, once known."""
+    reason: str | None
+    """Why it was pruned or failed."""
+    run: RunDir
+    start: datetime | None
+    end: datetime | None
+
+
+class Tracker(Choice):
+    """A store that mirrors a study for people to look at."""
+
+    @abstractmethod
+    def mirror(self, study: StudyView, trials: Sequence[TrialView]) -> None:
+        """Bring the store up to date with the files.
+
+        Called at every poll and once at the end, with all trials of the study. Calling it again changes nothing, and
+        what an earlier call could not deliver is delivered by the next one.
+
+        Raises:
+            TrackerError: The store cannot be reached or refused an update.
+        """
