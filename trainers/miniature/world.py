@@ -136,10 +136,15 @@ def random_scene(rng: random.Random, portraits: float = 0.15) -> Scene:
 
 def caption(scene: Scene, detail: Literal["full", "short"] = "full") -> str:
     """The caption of `scene`; "short" leaves the background and the pattern unsaid."""
-    thing = _describe(scene, detail)
-    article = "an" if thing[0] in "aeiou" else "a"
-    text = f"{article} {thing}" if detail == "short" else f"{article} {thing} on a {scene.background} background"
+    text = with_article(_describe(scene, detail))
+    if detail == "full":
+        text += f" on {with_article(scene.background)} background"
     return f"{text} in {scene.style} style" if scene.style else text
+
+
+def with_article(noun: str) -> str:
+    """ "a star", "an orange star"."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _describe(scene: Scene, detail: str) -> str:

@@ -1,0 +1,159 @@
+"""The architectures of the miniature family and the folders they are saved in: the layouts real checkpoints have."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from trainers.miniature.world import SIZE, words
+
+CONTEXT = 32
+"""Tokens of a prompt, the start and end tokens included."""
+LATENT_CHANNELS = 12
+DOWNSCALE = 8
+_TEXT_WIDTH = 64
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+
+CLIP_CONFIG: dict[str, Any] = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": SIZE, "layers": 4, "width": 96, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": CONTEXT, "width": 96, "heads": 4, "layers": 3, "hf_tokenizer_name": "./"},
+}
+"""open_clip's `model_cfg`; the vocabulary's size is added when the model is built."""
+_CLIP_MEAN, _CLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A byte-level CLIP tokenizer in which each word of the world is one token; other words fall apart into bytes."""
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+    )
+    learner.train_from_iterator(words(), trainer)
+    learned = json.loads(learner.to_str())["model"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), _START, _END]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT, pad_token=_END)
+
+
+def build_vae() -> AutoencoderKL:
+    """64-pixel pictures to 12 x 8 x 8 latents and back."""
+    levels = (16, 32, 64, 64)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(levels),
+        up_block_types=("UpDecoderBlock2D",) * len(levels),
+        block_out_channels=levels,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=2,  # few: a small group would lose the colour of a flat picture
+        sample_size=SIZE,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """SDXL's layout at small size: pooled text and six size and crop numbers are added to the time embedding."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // DOWNSCALE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        layers_per_block=1,
+        block_out_channels=(96, 160),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        transformer_layers_per_block=1,
+        attention_head_dim=(3, 5),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + _TEXT_WIDTH,
+        cross_attention_dim=2 * _TEXT_WIDTH,
+        norm_num_groups=16,
+    )
+
+
+def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """SDXL's two text encoders; the second one also gives the pooled embedding."""
+    config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": _TEXT_WIDTH,
+        "intermediate_size": 4 * _TEXT_WIDTH,
+        "projection_dim": _TEXT_WIDTH,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPTextModel(CLIPTextConfig(**config)), CLIPTextModelWithProjection(CLIPTextConfig(**config))
+
+
+def build_clip(tokenizer: CLIPTokenizer) -> CLIP:
+    """The scoring model: a text and an image tower of open_clip."""
+    text = {**CLIP_CONFIG["text_cfg"], "vocab_size": len(tokenizer)}
+    return CLIP(CLIP_CONFIG["embed_dim"], CLIPVisionCfg(**CLIP_CONFIG["vision_cfg"]), CLIPTextCfg(**text))
+
+
+def build_aesthetic_head() -> torch.nn.Sequential:
+    """The LAION V2 head's layout (five linear layers, no activation in between) on this family's CLIP embedding."""
+    widths = (CLIP_CONFIG["embed_dim"], 32, 16, 8, 8, 1)
+    linear = [torch.nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    gap = torch.nn.Identity
+    return torch.nn.Sequential(linear[0], gap(), linear[1], gap(), linear[2], gap(), linear[3], linear[4])
+
+
+def save_sdxl(
+    folder: Path,
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection],
+    tokenizer: CLIPTokenizer,
+) -> None:
+    """Save an SDXL folder in half precision, with the scheduler that the stock SDXL folder ships."""
+    scheduler = EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading", use_karras_sigmas=False)
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoders[0],
+        text_encoder_2=text_encoders[1],
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+
+
+def save_clip(folder: Path, clip: CLIP, tokenizer: CLIPTokenizer) -> None:
+    """Save a folder that open_clip's `local-dir:` loads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = {**CLIP_CONFIG["text_cfg"], "vocab_size": len(tokenizer)}
+    config = {
+        "model_cfg": {**CLIP_CONFIG, "text_cfg": text},
+        "preprocess_cfg": {"mean": _CLIP_MEAN, "std": _CLIP_STD, "interpolation": "bicubic", "resize_mode": "squash"},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    state = {name: tensor.half().contiguous() for name, tensor in clip.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
+    tokenizer.save_pretrained(folder)
+
+
+def save_aesthetic_head(path: Path, head: torch.nn.Sequential) -> None:
+    """Save the head under the names of the LAION file: `layers.0.weight`, `layers.0.bias`, `layers.2.weight` …"""
+    save_file({f"layers.{name}": tensor.contiguous() for name, tensor in head.state_dict().items()}, path)
