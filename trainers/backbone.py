@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trainers.config import Choice
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -98,24 +98,25 @@ class Backbone(ABC):
 
     @abstractmethod
     def encode_image(self, pixels: Float[Tensor, "1 3 h w"]) -> Moments:
-        """Moments of ONE picture in [-1, 1], so that they never depend on a batch; float32, on the backbone's device."""
+        """Moments of ONE picture in [-1, 1], so that they never depend on a batch; float32, on `device`."""
 
     @abstractmethod
     def sample_latents(self, moments: Moments, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Latents drawn from `moments` with standard normal `noise`, scaled to what the denoiser expects."""
 
     @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str], *, together: bool = False) -> TextEmbeddings:
+    def encode_prompts(self, prompts: Sequence[str | None], *, together: bool = False) -> TextEmbeddings:
         """Embed prompts: one forward pass each and no gradients, so that a row never depends on its neighbours.
 
         Args:
-            prompts: At least one.
+            prompts: At least one. None is no prompt at all, as the stock pipeline has it when no negative prompt is
+                given: what conditioning dropout leaves in training, and guidance starts from in sampling.
             together: One forward pass for all, with gradients and under the caller's autocast: for training encoders.
         """
 
-    @abstractmethod
     def encode_null(self) -> TextEmbeddings:
-        """One row: no prompt at all, as the stock pipeline has it when no negative prompt is given."""
+        """One row: no prompt at all."""
+        return self.encode_prompts([None])
 
     @abstractmethod
     def condition(self, text: TextEmbeddings, geometries: Sequence[Geometry]) -> Condition:
@@ -143,6 +144,11 @@ class Backbone(ABC):
 class BackboneConfig(Choice):
     """Where a pretrained model is, and how to load it."""
 
+    @property
+    @abstractmethod
+    def downscale(self) -> int:
+        """Pixels per latent, along each axis."""
+
     @abstractmethod
     def check(self) -> None:
         """Find what is wrong with the model's folder, without torch.
@@ -158,6 +164,10 @@ class BackboneConfig(Choice):
         Raises:
             ModelError: As `check`.
         """
+
+    @abstractmethod
+    def weight_shapes(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        """Shapes of all weights, by network and name, as the files' headers say."""
 
     @abstractmethod
     def image_files(self) -> tuple[Path, ...]:

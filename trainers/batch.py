@@ -78,6 +78,9 @@ class Split:
 class DataConfig(Choice):
     """Where training pictures come from."""
 
+    strict: bool = False
+    """Whether a picture that cannot be decoded ends the trial; otherwise it is left out, counted and reported."""
+
     @property
     @abstractmethod
     def size(self) -> tuple[int, int]:
@@ -102,11 +105,6 @@ class DataConfig(Choice):
         Raises:
             DataError: The file cannot be decoded.
         """
-
-    @property
-    @abstractmethod
-    def strict(self) -> bool:
-        """Whether a picture that cannot be decoded ends the trial, instead of being left out and counted."""
 
     @property
     @abstractmethod

@@ -12,7 +12,14 @@ from trainers.errors import ModelError
 
 Prediction = Literal["epsilon", "v_prediction"]
 
-_BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+_BETA_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
 
 
 @dataclass(frozen=True)
@@ -31,13 +38,13 @@ class NoiseProcess:
         Raises:
             ModelError: The configuration has no betas, or the network predicts something else.
         """
-        from diffusers import DDPMScheduler
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in get_args(Prediction) or not {"beta_start", "trained_betas"} & config.keys():
             raise ModelError(
-                f"scheduler_config.json: {config.get('_class_name')} with prediction_type {prediction!r} has no training "
-                f"betas; expected a diffusion model that predicts one of {', '.join(get_args(Prediction))}"
+                f"scheduler_config.json: {config.get('_class_name')} with prediction_type {prediction!r} has no "
+                f"training betas; expected a diffusion model that predicts one of {', '.join(get_args(Prediction))}"
             )
         scheduler = cast("Any", DDPMScheduler(**{key: config[key] for key in _BETA_KEYS if key in config}))
         return cls(scheduler.alphas_cumprod, prediction)

@@ -13,12 +13,12 @@ from trainers.config import LocalPath
 from trainers.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
     from jaxtyping import Float, Int
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from trainers.backbone import SchedulerName
     from trainers.batch import Geometry
@@ -70,17 +70,26 @@ class SdxlConfig(BackboneConfig):
         return Sdxl(self, device, dtype)
 
     @override
+    def weight_shapes(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        files = {name: self._weight_files(name) for name in _WEIGHTS}
+        return {
+            name: {key: shape for file in parts if file.suffix == ".safetensors" for key, shape in _shapes(file)}
+            for name, parts in files.items()
+        }
+
+    @override
     def image_files(self) -> tuple[Path, ...]:
         return self._network_files("vae")
 
     @override
     def text_files(self) -> tuple[Path, ...]:
         networks = (*self._network_files("text_encoder"), *self._network_files("text_encoder_2"))
-        return (*networks, *(file for name in _TOKENIZERS for file in self._tokenizer_files(name)))
+        tokenizers = (file for name in _TOKENIZERS for file in self._tokenizer_files(name))
+        return (self.path / "model_index.json", *networks, *tokenizers)
 
     @property
+    @override
     def downscale(self) -> int:
-        """Pixels per latent, along each axis."""
         return 2 ** (len(self.component_config("vae")["block_out_channels"]) - 1)
 
     @property
@@ -125,7 +134,8 @@ class Sdxl(Backbone):
 
     def __init__(self, config: SdxlConfig, device: torch.device, dtype: torch.dtype) -> None:
         import torch
-        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
         from trainers.diffusion import NoiseProcess
@@ -168,7 +178,7 @@ class Sdxl(Backbone):
         return (moments.mean + (0.5 * moments.logvar).exp() * noise - self._shift) * self._factor
 
     @override
-    def encode_prompts(self, prompts: Sequence[str], *, together: bool = False) -> TextEmbeddings:
+    def encode_prompts(self, prompts: Sequence[str | None], *, together: bool = False) -> TextEmbeddings:
         import torch
 
         if together:
@@ -176,25 +186,22 @@ class Sdxl(Backbone):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return TextEmbeddings.cat([self._encode([prompt]) for prompt in prompts])
 
-    @override
-    def encode_null(self) -> TextEmbeddings:
+    def _encode(self, prompts: list[str | None]) -> TextEmbeddings:
         import torch
 
-        empty = self.encode_prompts([""])
-        if not self._zeros_for_null:
-            return empty
-        return TextEmbeddings(torch.zeros_like(empty.hidden), torch.zeros_like(empty.pooled))
-
-    def _encode(self, prompts: list[str]) -> TextEmbeddings:
-        import torch
-
+        texts = [prompt or "" for prompt in prompts]
         outputs: list[Any] = []
         for tokenizer, encoder in zip(self._tokenizers, self.text_encoders, strict=True):
             length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-            tokens = tokenizer(prompts, return_tensors="pt", **length).input_ids.to(self.device)
+            tokens = tokenizer(texts, return_tensors="pt", **length).input_ids.to(self.device)
             outputs.append(encoder(tokens, output_hidden_states=True))
         # SDXL was trained on penultimate states, before the final norm.
-        return TextEmbeddings(torch.cat([o.hidden_states[-2] for o in outputs], dim=-1), outputs[-1].text_embeds)
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        pooled = outputs[-1].text_embeds
+        if self._zeros_for_null and None in prompts:
+            given = torch.tensor([[prompt is not None] for prompt in prompts], dtype=hidden.dtype, device=self.device)
+            hidden, pooled = hidden * given[:, :, None], pooled * given
+        return TextEmbeddings(hidden, pooled)
 
     @override
     def condition(self, text: TextEmbeddings, geometries: Sequence[Geometry]) -> Condition:
@@ -210,9 +217,7 @@ class Sdxl(Backbone):
         self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"] | Float[Tensor, " b"], condition: Condition
     ) -> Float[Tensor, "b c h w"]:
         added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
-        return self.denoiser(
-            x_t.to(self.dtype), t, condition.hidden, added_cond_kwargs=added, return_dict=False
-        )[0]
+        return self.denoiser(x_t.to(self.dtype), t, condition.hidden, added_cond_kwargs=added, return_dict=False)[0]
 
     @override
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
@@ -232,7 +237,7 @@ class Sdxl(Backbone):
 
     @override
     @contextmanager
-    def adapter_scale(self, scale: float) -> Iterator[None]:
+    def adapter_scale(self, scale: float) -> Generator[None]:
         previous = self._scale
         self._set_scale(scale)
         try:
@@ -247,8 +252,7 @@ class Sdxl(Backbone):
         for network in (self.denoiser, *self.text_encoders):
             for layer in network.modules():
                 if isinstance(layer, LoraLayer):
-                    for adapter in layer.scaling:
-                        layer.set_scale(adapter, scale)
+                    layer.set_scale("default", scale)  # PEFT's name of a model's only adapter
 
 
 def _latent_statistics(config: Any, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -294,3 +298,12 @@ def _weights(folder: Path, name: str) -> tuple[Path, ...]:
         return ()
     shards = tuple(folder / shard for shard in sorted(set(_read_json(index)["weight_map"].values())))
     return (index, *shards) if all(shard.is_file() for shard in shards) else ()
+
+
+def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor in a safetensors file, from its header: a length, then JSON."""
+    with file.open("rb") as stream:
+        header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            yield name, tuple(entry["shape"])

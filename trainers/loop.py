@@ -1,0 +1,223 @@
+"""The only training loop."""
+
+import logging
+import math
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from trainers.batch import Batch
+from trainers.checkpoint import load_checkpoint, save_checkpoint
+from trainers.errors import CheckpointError, ConfigError, NonFiniteError
+from trainers.method import Method, MethodConfig, Stream, example_rng
+from trainers.optim import OptimizerConfig
+from trainers.rundir import RunDir
+
+log = logging.getLogger(__name__)
+
+
+def fit(method: Method, config: MethodConfig, run: RunDir, accelerator: Accelerator) -> None:
+    """Train `method` to `config.steps` from the run's newest intact checkpoint, or from the start.
+
+    An interrupted run that is started again ends with the weights of one that was not.
+
+    Raises:
+        NonFiniteError: A loss or gradient became infinite or NaN; the step was not taken.
+        CheckpointError: There are checkpoints and none can be used.
+        ConfigError: There are more processes than examples in a batch.
+    """
+    if config.batch_size < accelerator.num_processes:
+        raise ConfigError(
+            f"train.batch_size is {config.batch_size}; expected at least the number of processes "
+            f"({accelerator.num_processes}): each needs an example"
+        )
+    training = _Training(method, config, run, accelerator)
+    step = training.restore()
+    with _training_mode(method):
+        while step < config.steps:
+            training.take(step)
+            step += 1
+            if step % config.log_every == 0 or step == config.steps:
+                training.report(step)
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                training.save(step)
+
+
+def order(seed: int, count: int, position: int) -> int:
+    """Index of the example at `position` of an endless stream: every epoch is a permutation of `count` examples."""
+    return int(_permutation(seed, count, position // count)[position % count])
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, count: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence((seed, epoch, Stream.ORDER))).permutation(count)
+
+
+def split_batch(config: MethodConfig, rank: int, world: int) -> list[range]:
+    """Places of the global batch that process `rank` of `world` works on, in groups of one forward pass each."""
+    first, end = (config.batch_size * edge // world for edge in (rank, rank + 1))
+    size = config.micro_batch_size or end - first
+    return [range(start, min(start + size, end)) for start in range(first, end, size)]
+
+
+class _Step(nn.Module):
+    """A forward pass as a module of the trainable weights alone: all that has to be kept alike in all processes."""
+
+    def __init__(self, method: Method, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self._parameters_of_method = nn.ParameterList(parameters)
+        self._method = method
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._method.losses(batch).sum()
+
+
+class _Training:
+    """A method, its optimizer, and what has happened since the last report."""
+
+    def __init__(self, method: Method, config: MethodConfig, run: RunDir, accelerator: Accelerator) -> None:
+        self.method, self.config, self.run, self.accelerator = method, config, run, accelerator
+        self.parameters = {
+            f"{name}.{key}": parameter
+            for name, trained in method.trained().items()
+            for key, parameter in trained.parameters().items()
+        }
+        self.module: Any = accelerator.prepare_model(_Step(method, list(self.parameters.values())))
+        self.optimizer = _build_optimizer(method, config.optimizer)
+        self.stepper: Any = accelerator.prepare_optimizer(self.optimizer)
+        self.micro_batches = split_batch(config, accelerator.process_index, accelerator.num_processes)
+        self.loss = torch.zeros((), device=accelerator.device)
+        """Sum of this process's part of the losses since the last report."""
+        self.counted = 0
+        """Steps in `loss`."""
+        self.norm = math.nan
+        self.clock, self.timed = time.monotonic(), 0
+
+    def take(self, step: int) -> None:
+        """One optimizer step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self.config.schedule.factor(step, self.config.steps)
+        for i, places in enumerate(self.micro_batches):
+            last = i == len(self.micro_batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                self._backward(step, places)
+        norm: Any = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+        self.norm = float(norm)
+        if not math.isfinite(self.norm):
+            self._refuse(step)
+        self.stepper.step()
+        self.optimizer.zero_grad()
+        self.counted += 1
+        self.timed += 1
+
+    def _backward(self, step: int, places: range) -> None:
+        first = step * self.config.batch_size
+        indices = tuple(order(self.method.seed, len(self.method.examples), first + place) for place in places)
+        # Dropout layers draw from the global stream, which must not remember an interruption.
+        torch.manual_seed(example_rng(self.method.seed, step, places.start, Stream.LAYERS).initial_seed())
+        loss = self.module(Batch(step, tuple(places), indices)) / self.config.batch_size
+        self.loss += loss.detach()
+        # Data parallelism averages over processes; a batch's loss is the sum of their parts.
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+
+    def _refuse(self, step: int) -> None:
+        """Stop at gradients that are not finite, unless float16 overflowed, which its scaler skips and mends."""
+        scaler = cast("Any", self.accelerator.scaler)
+        if scaler is not None and torch.isfinite(self.loss) and scaler.get_scale() > 1:
+            log.warning("step %d: float16 gradients overflow; the step is skipped and the loss scale lowered", step)
+            return
+        raise NonFiniteError(
+            f"step {step}: gradient norm is {self.norm} and the loss {float(self.loss)}; the learning rate "
+            f"({self.config.optimizer.lr:g}) is probably too high"
+        )
+
+    def report(self, step: int) -> None:
+        """Append one event about the steps since the last one."""
+        loss = float(cast("Tensor", self.accelerator.reduce(self.loss, reduction="sum"))) / self.counted
+        now = time.monotonic()
+        speed = self.timed * self.config.batch_size / (now - self.clock)
+        lr = self.optimizer.param_groups[0]["lr"]
+        if self.accelerator.is_main_process:
+            log.info("step %d/%d: loss %.4f, lr %.3g, %.1f images/s", step, self.config.steps, loss, lr, speed)
+            peak = peak_bytes(self.accelerator.device)
+            numbers = {"loss": loss, "lr": lr, "grad_norm": self.norm, "images_per_second": speed, "peak_bytes": peak}
+            self.run.append("train", step=step, **numbers)
+        self.loss.zero_()
+        self.counted, self.timed, self.clock = 0, 0, now
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint."""
+        loss = cast("Tensor", self.accelerator.reduce(self.loss, reduction="sum"))
+        if not self.accelerator.is_main_process:
+            return
+        scaler = cast("Any", self.accelerator.scaler)
+        state = {
+            "parameters": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "loss": float(loss),
+            "counted": self.counted,
+        }
+        save_checkpoint(self.run.checkpoints, step, state)
+
+    def restore(self) -> int:
+        """Load the newest intact checkpoint; the number of steps that it has behind it."""
+        state = load_checkpoint(self.run.checkpoints)
+        if state is None:
+            return 0
+        if state["parameters"].keys() != self.parameters.keys():
+            raise CheckpointError(
+                f"{self.run.checkpoints}: the checkpoint is of other weights than this trial trains; remove the folder"
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            cast("Any", self.accelerator.scaler).load_state_dict(state["scaler"])
+        # The first process speaks for all: parts are summed when they are reported.
+        self.loss.fill_(state["loss"] if self.accelerator.is_main_process else 0.0)
+        self.counted = state["counted"]
+        if self.accelerator.is_main_process:
+            log.info("resuming after step %d", state["step"])
+        return int(state["step"])
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory use so far: device memory on CUDA, this process's resident memory elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    # Kibibytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _build_optimizer(method: Method, config: OptimizerConfig) -> torch.optim.Optimizer:
+    return config.build(
+        [
+            {"params": list(trained.parameters().values()), "lr": (peak := config.lr * trained.lr_scale), "peak": peak}
+            for trained in method.trained().values()
+        ]
+    )
+
+
+@contextmanager
+def _training_mode(method: Method) -> Generator[None]:
+    networks = [trained.network for trained in method.trained().values()]
+    for network in networks:
+        network.train()
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.eval()
