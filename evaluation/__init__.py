@@ -1,0 +1,1 @@
+"""Sampling from a trained backbone and scoring what comes out."""

@@ -1,0 +1,113 @@
+"""What a folder must hold to be a CLIP model, found out without torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from trainers.errors import ModelError
+
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
+# In the order in which open_clip itself prefers them. `model.safetensors` is left out on purpose: beside an
+# open_clip config it is the transformers form of the same model.
+_OPEN_CLIP_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+_TRANSFORMERS_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class ClipFolder:
+    """A CLIP model on disk."""
+
+    path: Path
+    form: Literal["open_clip", "transformers"]
+    """Decided by the files alone: a folder with `open_clip_config.json` is open_clip's."""
+    files: tuple[Path, ...]
+    """Everything that decides what the model computes: weights, configs, tokenizer."""
+    width: int
+    """Length of its embeddings."""
+
+    @property
+    def weights(self) -> Path:
+        """The weights file."""
+        return self.files[0]
+
+
+def read_clip_folder(path: Path) -> ClipFolder:
+    """Describe the CLIP model in `path`.
+
+    Raises:
+        ModelError: The folder is missing, incomplete, or holds something else.
+    """
+    if not path.is_dir():
+        raise ModelError(
+            f"{path}: no such folder; expected a CLIP model in the form of open_clip ({_OPEN_CLIP_CONFIG}) "
+            "or of transformers (config.json)"
+        )
+    if (path / _OPEN_CLIP_CONFIG).is_file():
+        return _read_open_clip(path)
+    if (path / "config.json").is_file():
+        return _read_transformers(path)
+    raise ModelError(
+        f"{path}: neither {_OPEN_CLIP_CONFIG} nor config.json is here; expected a CLIP model in the form of "
+        "open_clip or of transformers"
+    )
+
+
+def _read_open_clip(path: Path) -> ClipFolder:
+    config_path = path / _OPEN_CLIP_CONFIG
+    config = _read_json(config_path).get("model_cfg")
+    if not isinstance(config, dict):
+        raise ModelError(f"{config_path}: `model_cfg` is missing; copy the config that came with the weights")
+    model = cast("dict[str, Any]", config)
+    width, text = model.get("embed_dim"), model.get("text_cfg")
+    if not isinstance(width, int) or not isinstance(text, dict):
+        raise ModelError(f"{config_path}: `model_cfg` needs `embed_dim` and `text_cfg`; got keys {sorted(model)}")
+    files = [_first(path, _OPEN_CLIP_WEIGHTS, "weights"), config_path]
+    if cast("dict[str, Any]", text).get("hf_tokenizer_name"):
+        files += _tokenizer_files(path)
+    return ClipFolder(path, "open_clip", tuple(files), width)
+
+
+def _read_transformers(path: Path) -> ClipFolder:
+    config_path = path / "config.json"
+    config = _read_json(config_path)
+    if config.get("model_type") != "clip":
+        raise ModelError(
+            f"{config_path}: model_type is {config.get('model_type')!r}, expected 'clip' (both towers); "
+            "a text or vision tower alone cannot score"
+        )
+    files = [_first(path, _TRANSFORMERS_WEIGHTS, "weights"), config_path]
+    files.append(_first(path, ("preprocessor_config.json",), "image preprocessing"))
+    files += _tokenizer_files(path)
+    width = config.get("projection_dim", 512)  # CLIPConfig's default, which its files may leave out
+    return ClipFolder(path, "transformers", tuple(files), width)
+
+
+def _tokenizer_files(path: Path) -> list[Path]:
+    if (path / "tokenizer.json").is_file():
+        return [path / "tokenizer.json"]
+    return [_first(path, (name,), "tokenizer (tokenizer.json, or vocab.json and merges.txt)") for name in _BPE_FILES]
+
+
+_BPE_FILES = ("vocab.json", "merges.txt")
+
+
+def _first(path: Path, names: tuple[str, ...], what: str) -> Path:
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise ModelError(f"{path}: {what} missing; expected {' or '.join(names)}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON ({error}); copy the file again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return cast("dict[str, Any]", content)

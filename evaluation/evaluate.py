@@ -1,0 +1,155 @@
+"""A trained backbone's scores: draw the panel, judge every picture once, keep what was measured."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from evaluation.encoders import ClipEncoders
+from evaluation.grid import draw_grid
+from evaluation.metric import Sample
+from evaluation.records import Record, panel, write_records
+from evaluation.sampling import Request, generate
+from evaluation.statistics import estimate
+from trainers.cache import Cache
+from trainers.data.transforms import open_picture
+from trainers.rundir import Score
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Mapping, Sequence
+    from pathlib import Path
+
+    from PIL import Image
+
+    from evaluation.config import EvaluateConfig
+    from evaluation.metric import Scorer
+    from trainers.backbone import Backbone
+    from trainers.rundir import RunDir
+
+_MAX_SLUG = 40
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share a panel, seen from one of them."""
+
+    rank: int = 0
+    world: int = 1
+    gather: Callable[[list[Any]], list[Any]] = list
+    """Everyone's items in one list, on every rank (`accelerate.utils.gather_object`)."""
+
+
+def evaluate(
+    backbone: Backbone,
+    config: EvaluateConfig,
+    references: Sequence[Path],
+    run: RunDir,
+    cache: Path,
+    ranks: Ranks | None = None,
+) -> dict[str, Score]:
+    """Draw the panel with `backbone`, score it, and leave `samples/`, `grid.png` and `records.jsonl` in the run.
+
+    Pictures go to ranks in turn, prompt after prompt. What an earlier attempt left behind is drawn again, so neither
+    the number of ranks nor a crash changes a score by more than floating-point noise. Sampling runs under the
+    caller's autocast; scoring is fp32 always.
+
+    Args:
+        backbone: With the trained adapter active.
+        config: The panel and its metrics.
+        references: Held-out pictures.
+        run: Seen by all ranks.
+        cache: Folder of embeddings that studies share.
+        ranks: One process by default.
+
+    Returns:
+        Each metric's score, on every rank.
+
+    Raises:
+        ModelError: A scoring model is missing or broken; known before anything is drawn.
+        DataError: A metric needs references and there are none, or one cannot be read.
+        NonFiniteError: A picture came out with NaN or infinite pixels.
+    """
+    ranks = ranks or Ranks()
+    encoders = ClipEncoders(backbone.device, Cache(cache))
+    scorers = {name: metric.open(encoders, references) for name, metric in config.metrics.items()}
+    files = name_files(config.prompts, config.seeds)
+    share = dict(list(files.items())[ranks.rank :: ranks.world])
+    with _stage(run, "sample", ranks):
+        for sample in generate(backbone, list(share), config):
+            _save(sample.image, run.path / share[Request(sample.prompt, sample.seed)])
+    with _stage(run, "score", ranks):
+        records: list[Record] = ranks.gather(score(run.path, share, scorers, config.batch_size))
+        places = {request: place for place, request in enumerate(files)}
+        records.sort(key=lambda record: places[Request(record.prompt, record.seed)])
+        if ranks.rank == 0:
+            write_records(run.records, records)
+            _save(draw_grid(run.path, records), run.samples / "grid.png")
+    return {
+        name: _summarise(panel(records, name), scorer.model, higher_is_better=config.metrics[name].higher_is_better)
+        for name, scorer in scorers.items()
+    }
+
+
+def name_files(prompts: Sequence[str], seeds: Sequence[int]) -> dict[Request, str]:
+    """Every picture of a panel, prompt after prompt, and its file relative to the run directory."""
+    files: dict[Request, str] = {}
+    for (place, prompt), seed in product(enumerate(prompts), seeds):
+        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:_MAX_SLUG].strip("-")
+        files[Request(prompt, seed)] = f"samples/{place:04d}_{words}_{seed}.png"
+    return files
+
+
+def score(folder: Path, files: Mapping[Request, str], scorers: Mapping[str, Scorer], batch_size: int) -> list[Record]:
+    """Judge pictures that lie in `folder`, whoever made them.
+
+    Raises:
+        DataError: A picture cannot be read.
+    """
+    records: list[Record] = []
+    requests = list(files)
+    for start in range(0, len(requests), batch_size):
+        batch = requests[start : start + batch_size]
+        samples = [Sample(request.prompt, request.seed, open_picture(folder / files[request])) for request in batch]
+        columns = {name: scorer.values(samples) for name, scorer in scorers.items()}
+        records += [
+            Record(
+                prompt=request.prompt,
+                seed=request.seed,
+                file=files[request],
+                values={name: column[row] for name, column in columns.items()},
+            )
+            for row, request in enumerate(batch)
+        ]
+    return records
+
+
+def _summarise(values: Mapping[tuple[str, int], float], model: str, *, higher_is_better: bool) -> Score:
+    found = estimate(values)
+    return Score(
+        mean=found.mean,
+        standard_error=found.standard_error,
+        num_samples=found.num_samples,
+        num_undefined=found.num_undefined,
+        model=model,
+        higher_is_better=higher_is_better,
+    )
+
+
+@contextmanager
+def _stage(run: RunDir, stage: str, ranks: Ranks) -> Generator[None]:
+    if ranks.rank == 0:
+        run.append("stage", stage=stage, state="start")
+    yield
+    if ranks.rank == 0:
+        run.append("stage", stage=stage, state="end")
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    # Lossless at every level; level 1 is several times quicker than the default for a little more disk.
+    image.save(temporary, format="PNG", compress_level=1)
+    temporary.replace(path)

@@ -1,0 +1,44 @@
+"""Guidance as an affine combination of denoiser calls.
+
+Every kind predicts `sum(w_i * denoise(x_t, t, condition_i))` with `sum(w_i) == 1`. The sum constraint makes the
+combination meaningful for noise, velocity and flow targets alike, because each of them is affine in the clean image
+given `x_t`.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+from typing_extensions import override
+
+from trainers.config import Choice
+
+
+@dataclass(frozen=True)
+class Term:
+    """One denoiser call: what it is told, and its coefficient."""
+
+    condition: Literal["prompt", "null"]
+    """`null` is the negative prompt, or what the base model was trained to take for no prompt."""
+    weight: float
+
+
+class Guidance(Choice):
+    """Family of `guidance:` sections."""
+
+    @abstractmethod
+    def terms(self) -> tuple[Term, ...]:
+        """The calls to combine; weights sum to 1. Calls whose weight is 0 are never made."""
+
+
+class ClassifierFree(Guidance):
+    """Classifier-free guidance (Ho & Salimans, 2022, arXiv:2207.12598)."""
+
+    kind: Literal["cfg"] = "cfg"
+    scale: float = Field(default=5.0, allow_inf_nan=False)
+    """1 is unguided and costs half as much; 5 is the stock SDXL pipeline's default."""
+
+    @override
+    def terms(self) -> tuple[Term, ...]:
+        return (Term("null", 1 - self.scale), Term("prompt", self.scale))

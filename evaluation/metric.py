@@ -1,0 +1,92 @@
+"""What every metric is: a config that opens into a scorer of pictures."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Float32
+from PIL import Image
+
+from trainers.config import Choice
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture to be judged, and what it was asked to show."""
+
+    prompt: str
+    seed: int
+    image: Image.Image
+    """8-bit RGB."""
+
+
+class Encoder(ABC):
+    """Two towers that map pictures and prompts to unit vectors of one space. Always computes in fp32."""
+
+    model: str
+    """Name and content hash of weights, tokenizer and preprocessing."""
+    width: int
+    """Length of an embedding."""
+
+    @abstractmethod
+    def embed_images(self, images: Sequence[Image.Image]) -> Float32[np.ndarray, "n width"]:
+        """Embed 8-bit RGB pictures; a picture that was seen before is not computed again."""
+
+    @abstractmethod
+    def embed_prompts(self, prompts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
+        """Embed prompts, once per study."""
+
+    @abstractmethod
+    def embed_references(self, paths: Sequence[Path]) -> Float32[np.ndarray, "n width"]:
+        """Embed picture files, decoded as training pictures are; once per study."""
+
+
+class Encoders(ABC):
+    """Every encoder that scoring needs, each opened once however many metrics use it."""
+
+    @abstractmethod
+    def clip(self, path: Path) -> Encoder:
+        """The CLIP model in folder `path`.
+
+        Raises:
+            ModelError: The folder is missing, incomplete, or holds something else.
+        """
+
+
+class Scorer(ABC):
+    """A metric with its models in memory."""
+
+    model: str
+    """Name and content hash of whatever makes the numbers."""
+
+    @abstractmethod
+    def values(self, samples: Sequence[Sample]) -> list[float]:
+        """One raw value per sample; NaN where the metric has none."""
+
+
+class Metric(Choice):
+    """Family of `metrics:` entries."""
+
+    higher_is_better: ClassVar[bool] = True
+    needs_references: ClassVar[bool] = False
+    """Whether it compares with held-out pictures."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Look for every file the metric needs, without torch.
+
+        Raises:
+            ModelError: A file is missing or is visibly of another kind; the message says which.
+        """
+
+    @abstractmethod
+    def open(self, encoders: Encoders, references: Sequence[Path]) -> Scorer:
+        """Load models and embed `references`, so that everything that can be wrong is known before any sampling.
+
+        Raises:
+            ModelError: A model is missing, broken, or does not fit another one.
+            DataError: The metric needs references and there are none, or one cannot be read.
+        """

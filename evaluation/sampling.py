@@ -1,0 +1,112 @@
+"""Pictures from prompts: one (prompt, seed) gives one picture, whoever draws it.
+
+The initial latents of (prompt, seed) come from a CPU generator of their own, seeded with `seed` alone, as stock
+pipelines are called in common practice. So world size and batch size change nothing but floating-point noise. Within
+a denoiser call, rows stand term after term, each with all pictures of the batch: with classifier-free guidance
+[null of every picture, prompt of every picture], the layout of the stock pipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from evaluation.metric import Sample
+from trainers.backbone import TextEmbeddings
+from trainers.batch import Geometry
+from trainers.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from evaluation.config import SamplingConfig
+    from trainers.backbone import Backbone, Condition
+
+
+@dataclass(frozen=True)
+class Request:
+    """A picture that is wanted."""
+
+    prompt: str
+    seed: int
+
+
+def generate(backbone: Backbone, requests: Sequence[Request], config: SamplingConfig) -> Iterator[Sample]:
+    """Draw the requested pictures, in order.
+
+    Runs under the caller's autocast; latents and scheduler are fp32 throughout.
+
+    Args:
+        backbone: With whatever adapters are active.
+        requests: At least one; a rank passes its own share.
+        config: Resolution, steps, scheduler, guidance.
+
+    Raises:
+        NonFiniteError: A picture came out with NaN or infinite pixels.
+    """
+    sampler = _Sampler(backbone, config, [request.prompt for request in requests])
+    for start in range(0, len(requests), config.batch_size):
+        batch = requests[start : start + config.batch_size]
+        for request, pixels in zip(batch, sampler.draw(batch), strict=True):
+            yield Sample(request.prompt, request.seed, _to_image(pixels, request))
+
+
+class _Sampler:
+    """A backbone, and what does not change from batch to batch."""
+
+    def __init__(self, backbone: Backbone, config: SamplingConfig, prompts: Sequence[str]) -> None:
+        self._backbone = backbone
+        self._config = config
+        self._terms = [term for term in config.guidance.terms() if term.weight != 0]
+        self._rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        with torch.no_grad():
+            self._prompts = backbone.encode_prompts(list(self._rows))
+            self._null = _encode_null(backbone, config.negative_prompt)
+
+    @torch.no_grad()
+    def draw(self, batch: Sequence[Request]) -> Float[Tensor, "b 3 h w"]:
+        """Pictures nominally in [-1, 1]."""
+        backbone, config = self._backbone, self._config
+        scheduler = backbone.sampling_scheduler(config.scheduler)
+        scheduler.set_timesteps(config.steps, device=backbone.device)
+        scheduler.set_begin_index(0)  # spares a search, and on an accelerator a wait, at every step
+        condition = self._condition(batch)
+        latents = self._initial_latents(batch) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            x_t = torch.cat([scheduler.scale_model_input(latents, t)] * len(self._terms))
+            parts = backbone.denoise(x_t, t.expand(len(x_t)), condition).float().chunk(len(self._terms))
+            prediction = sum(term.weight * part for term, part in zip(self._terms, parts, strict=True))
+            latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
+        return backbone.decode(latents)
+
+    def _condition(self, batch: Sequence[Request]) -> Condition:
+        prompts = self._prompts.select([self._rows[request.prompt] for request in batch])
+        texts = {"prompt": prompts, "null": self._null.select([0] * len(batch))}
+        geometry = Geometry.whole(self._config.resolution, self._config.resolution)
+        rows = TextEmbeddings.cat([texts[term.condition] for term in self._terms])
+        return self._backbone.condition(rows, [geometry] * len(batch) * len(self._terms))
+
+    def _initial_latents(self, batch: Sequence[Request]) -> Float[Tensor, "b c h w"]:
+        shape = self._backbone.latent_shape(self._config.resolution, self._config.resolution)
+        draws = [torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)) for request in batch]
+        return torch.stack(draws).to(self._backbone.device)
+
+
+def _encode_null(backbone: Backbone, negative_prompt: str | None) -> TextEmbeddings:
+    return backbone.encode_null() if negative_prompt is None else backbone.encode_prompts([negative_prompt])
+
+
+def _to_image(pixels: Float[Tensor, "3 h w"], request: Request) -> Image.Image:
+    if not bool(pixels.isfinite().all()):
+        raise NonFiniteError(
+            f"the picture of {request.prompt!r} with seed {request.seed} has NaN or infinite pixels: the adapter "
+            "diverged, or the autoencoder overflowed (`vae_dtype: float32` avoids that)"
+        )
+    levels = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
