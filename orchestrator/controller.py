@@ -1,0 +1,253 @@
+"""The reconcile loop. All state is in Optuna's storage and in the run directories."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+from pydantic import ValidationError
+
+from orchestrator.launcher import Job, JobId, JobState
+from orchestrator.search import Value
+from orchestrator.spec import StudySpec
+from orchestrator.tracker import StudyView, TrialView
+from orchestrator.views import run_dir, study_view, trial_views
+from trainers.errors import ConfigError, ProjectError, StorageError, TrackerError
+from trainers.rundir import RunDir, RunError, RunResult, freeze, thaw, write_atomically
+
+log = logging.getLogger(__name__)
+
+Observer = Callable[[StudyView, Sequence[TrialView]], None]
+
+WORKER = "orchestrator.worker"
+_COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
+_LEARNABLE = {"oom", "nan"}
+"""Failures that depend on the parameters: the sampler is told, and they count."""
+_MAX_FIRST_FAILURES = 3
+_MAX_FAILURES_IN_A_ROW = 10
+
+
+class StudyStoppedError(ProjectError):
+    """A study failed so often, and so alike, that going on would waste the time of the next trials."""
+
+
+@dataclass
+class Controller:
+    """Runs a study to its end. Kill it and start it again: no trial is lost or told twice."""
+
+    spec: StudySpec
+    study: optuna.Study
+    observers: Sequence[Observer] = ()
+    """Told about the study after every step, after the tracker."""
+    _tracker_is_down: bool = field(default=False, init=False)
+    _failures_before: frozenset[int] = field(default=frozenset(), init=False)
+
+    def run(self) -> None:
+        """Ask, submit, poll and tell until the study has all its trials.
+
+        Raises:
+            StudyStoppedError: The first trials, or many in a row, failed.
+            LaunchError: A job cannot be started.
+            StorageError: The study's file, or a run directory, cannot be written.
+            KeyboardInterrupt: The user wants to stop; the jobs are ended and their trials can go on later.
+        """
+        self._failures_before = frozenset(t.number for t in self._trials(TrialState.FAIL))
+        view = study_view(self.spec, self.study)
+        try:
+            while not self.step():
+                self._observe(view)
+                time.sleep(self.spec.launcher.poll_seconds)
+            self._observe(view)
+        except (KeyboardInterrupt, StudyStoppedError):
+            self.stop()
+            self._observe(view)
+            raise
+        except (optuna.exceptions.StorageInternalError, OSError) as error:
+            problem = str(error).partition("\n")[0]
+            raise StorageError(f"{self.spec.root}: got {problem}; expected to read and write the study") from error
+
+    def step(self) -> bool:
+        """Move every running trial forward and start new ones; True when there is nothing left."""
+        for frozen in self._trials(TrialState.RUNNING):
+            self._advance(frozen)
+        self._stop_if_hopeless()
+        while not self._is_full():
+            self._start(self.study.ask())
+            self._stop_if_hopeless()
+        return not self._trials(TrialState.RUNNING)
+
+    def stop(self) -> None:
+        """End all jobs; running trials go on from their checkpoints when the study is run again."""
+        for frozen in self._trials(TrialState.RUNNING):
+            if job_id := frozen.user_attrs.get("job_id"):
+                self.spec.launcher.cancel(JobId(job_id))
+                self._attach(frozen).set_user_attr("job_id", "")  # ended by us: not lost
+                log.info("trial %d: its job is ended; it goes on when the study is run again", frozen.number)
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def _attach(self, frozen: FrozenTrial) -> Trial:
+        return Trial(self.study, frozen._trial_id)  # pyright: ignore[reportPrivateUsage]  # noqa: SLF001
+
+    def _is_full(self) -> bool:
+        running = len(self._trials(TrialState.RUNNING))
+        wanted = self.spec.num_trials - len(self._trials(*_COUNTED))
+        return running >= min(wanted, self.spec.limits.parallel)
+
+    def _start(self, trial: Trial) -> None:
+        """Draw, freeze and submit; every part is a repetition without effect if it was done before."""
+        run = run_dir(self.spec.root, trial.number)
+        params = {name: parameter.suggest(trial, name) for name, parameter in self.spec.search.items()}
+        try:
+            digest = self._freeze(run, params)
+        except ConfigError as error:
+            self._fail(trial, RunError(reason="config", message=str(error)))
+            return
+        trial.set_user_attr("sha256", digest)
+        if not (run.result.exists() or run.error.exists()):
+            self._submit(trial, run)
+
+    def _freeze(self, run: RunDir, params: Mapping[str, Value]) -> str:
+        if run.trial.exists():
+            digest = run.trial.read_text(encoding="utf-8").partition("\n")[0].removeprefix("sha256: ")
+            thaw(run.trial, digest)
+            return digest
+        text, digest = freeze(self.spec.resolve(params).model_dump(mode="json"))
+        write_atomically(run.trial, text)
+        return digest
+
+    def _submit(self, trial: Trial, run: RunDir) -> None:
+        job = self._job(trial, run)
+        job_id = self.spec.launcher.find(job)  # of a controller that was killed before it could note the id
+        if job_id is None:
+            job_id = self.spec.launcher.submit(job)
+        trial.set_user_attr("submitted", time.time())
+        trial.set_user_attr("job_id", job_id)
+
+    def _job(self, trial: Trial, run: RunDir) -> Job:
+        return Job(
+            WORKER, (str(run.path), "--sha256", trial.user_attrs["sha256"], "--cache", str(self.spec.cache)), run.path
+        )
+
+    def _advance(self, frozen: FrozenTrial) -> None:
+        trial, run = self._attach(frozen), run_dir(self.spec.root, frozen.number)
+        job_id = JobId(trial.user_attrs.get("job_id", ""))
+        if "sha256" not in trial.user_attrs:  # we stopped between ask and submit
+            self._start(trial)
+            return
+        state = self.spec.launcher.poll(job_id) if job_id else JobState.ENDED  # first: what it wrote is then complete
+        if run.result.exists():
+            self._score(trial, run)
+        elif run.error.exists():
+            if state is not JobState.ENDED:
+                self.spec.launcher.cancel(job_id)  # other ranks may wait for the one that failed
+            self._fail(trial, _read_error(run))
+        elif not job_id:
+            self._submit(trial, run)
+        elif state is JobState.ENDED:
+            self._lose(trial, run, job_id, "the job ended without a result")
+        elif time.time() - trial.user_attrs["submitted"] > self.spec.launcher.timeout_minutes * 60:
+            self.spec.launcher.cancel(job_id)
+            self._lose(trial, run, job_id, f"the job took longer than {self.spec.launcher.timeout_minutes} minutes")
+        else:
+            self._prune(trial, run, frozen, job_id)
+
+    def _score(self, trial: Trial, run: RunDir) -> None:
+        try:
+            result = RunResult.model_validate_json(run.result.read_text(encoding="utf-8"))
+            value = self.spec.objective.value(result.scores)
+        except (ValidationError, KeyError) as error:
+            problem = " ".join(str(error).split())
+            self._fail(trial, RunError(reason="crash", message=f"{run.result} does not hold the scores: {problem}"))
+            return
+        if math.isnan(value):
+            self._fail(trial, RunError(reason="nan", message="a score of the objective is undefined for every sample"))
+            return
+        self._finish(trial, self.study.tell(trial, value))
+
+    def _lose(self, trial: Trial, run: RunDir, job_id: JobId, why: str) -> None:
+        """Submit again, unless that was done often enough; a job is lost once, however often we are killed here."""
+        other = self.spec.launcher.find(self._job(trial, run))
+        if other is not None:
+            trial.set_user_attr("job_id", other)
+            return
+        lost = [*(known for known in trial.user_attrs.get("lost", []) if known != job_id), job_id]
+        trial.set_user_attr("lost", lost)
+        if len(lost) <= self.spec.limits.max_retries:
+            log.warning("trial %d: %s; submitted again (%d lost so far)", trial.number, why, len(lost))
+            self._submit(trial, run)
+        else:
+            trial.set_user_attr("reason", "lost")
+            trial.set_user_attr("message", f"{why}, {len(lost)} times")
+            self._finish(trial, self.study.tell(trial, state=TrialState.FAIL))
+
+    def _prune(self, trial: Trial, run: RunDir, frozen: FrozenTrial, job_id: JobId) -> None:
+        known = frozen.intermediate_values
+        for _, event in run.read_events():
+            if event["event"] == "report" and event["step"] not in known:
+                trial.report(event["value"], event["step"])
+                if trial.should_prune():
+                    self.spec.launcher.cancel(job_id)
+                    trial.set_user_attr("reason", "pruned")
+                    self._finish(trial, self.study.tell(trial, state=TrialState.PRUNED))
+                    return
+
+    def _fail(self, trial: Trial, error: RunError) -> None:
+        trial.set_user_attr("reason", error.reason)
+        trial.set_user_attr("message", error.message)
+        state = TrialState.PRUNED if error.reason in _LEARNABLE else TrialState.FAIL
+        if state is TrialState.PRUNED:
+            self._constrain(trial, error.reason)
+        self._finish(trial, self.study.tell(trial, state=state))
+
+    def _constrain(self, trial: Trial, key: str) -> None:
+        if key not in self._trials()[trial.number].constraints:  # else a killed controller came this far
+            trial.set_constraint(key, 1.0)
+
+    def _finish(self, trial: Trial, frozen: FrozenTrial) -> None:
+        value = f" {frozen.value:.6g}" if frozen.value is not None else ""
+        failure = (
+            f" ({trial.user_attrs['reason']}: {trial.user_attrs.get('message', '')})"
+            if "reason" in trial.user_attrs
+            else ""
+        )
+        log.info("trial %d: %s%s%s", trial.number, frozen.state.name.lower(), value, failure)
+
+    def _stop_if_hopeless(self) -> None:
+        """Failures of earlier runs of the study do not count: their cause may have been mended."""
+        finished = [t for t in self._trials(*_COUNTED, TrialState.FAIL) if t.number not in self._failures_before]
+        failures = list(takewhile(lambda t: t.state is TrialState.FAIL, reversed(finished)))
+        first = {(t.user_attrs.get("reason"), t.user_attrs.get("message")) for t in failures}
+        from_the_start = len(failures) == len(finished) >= _MAX_FIRST_FAILURES and len(first) == 1
+        if from_the_start or len(failures) >= _MAX_FAILURES_IN_A_ROW:
+            last = failures[0].user_attrs
+            what = f"the first {len(failures)} trials" if from_the_start else f"{len(failures)} trials in a row"
+            raise StudyStoppedError(
+                f"{self.spec.root}: got {what} that failed, the last with {last.get('reason')}: {last.get('message')}; "
+                "expected results; mend the cause and run the study again"
+            )
+
+    def _observe(self, view: StudyView) -> None:
+        trials = trial_views(self.spec, self.study)
+        try:
+            self.spec.tracker.mirror(view, trials)
+        except TrackerError as error:
+            if not self._tracker_is_down:
+                log.warning("%s; the study goes on, and the tracker catches up later", error)
+            self._tracker_is_down = True
+        else:
+            self._tracker_is_down = False
+        for observer in self.observers:
+            observer(view, trials)
+
+
+def _read_error(run: RunDir) -> RunError:
+    try:
+        return RunError.model_validate_json(run.error.read_text(encoding="utf-8"))
+    except ValidationError:
+        return RunError(reason="crash", message=f"{run.error} cannot be read; see {run.log}")

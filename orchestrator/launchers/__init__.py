@@ -1,0 +1,5 @@
+"""Launchers: one file each."""
+
+from trainers.config import import_submodules
+
+import_submodules(__name__, __path__)

@@ -1,0 +1,164 @@
+"""torchrun on this machine."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal, Self
+
+import psutil
+from pydantic import model_validator
+from typing_extensions import override
+
+from orchestrator.launcher import Job, JobId, JobState, Launcher
+from trainers.errors import LaunchError
+
+_PROJECT = Path(__file__).parents[2]
+_TOKEN = "TRIAL_TOKEN"  # noqa: S105  a name, not a secret
+_DETACH = '"$@" >>"$0" 2>&1 </dev/null & echo $!'
+_SHUTDOWN_SECONDS = 10
+"""Between asking a job to stop and killing it; torchrun itself would wait for 30 s."""
+
+# What a job inherits. Anything else stays here: other jobs' ranks and ports, and secrets above all.
+_ENVIRONMENT = frozenset(
+    "PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR TEMP TMP VIRTUAL_ENV LD_LIBRARY_PATH LD_PRELOAD "
+    "DYLD_LIBRARY_PATH XDG_CACHE_HOME HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE TORCH_HOME TRITON_CACHE_DIR "
+    "OPENBLAS_NUM_THREADS CUBLAS_WORKSPACE_CONFIG SSL_CERT_FILE".split()
+)
+_ENVIRONMENT_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "OMP_", "KMP_", "MKL_", "NCCL_", "GLOO_", "PYTORCH_", "COVERAGE_")
+
+
+class LocalLauncher(Launcher):
+    """Runs each trial as `torchrun --standalone` in its own session, so that it outlives the controller."""
+
+    kind: Literal["local"] = "local"
+    gpus: tuple[int, ...] | None = None
+    """CUDA devices that jobs see; null is all of them, an empty list is none (CPU)."""
+
+    @model_validator(mode="after")
+    def _every_rank_has_a_gpu(self) -> Self:
+        if self.gpus and self.num_processes > len(self.gpus):
+            raise ValueError(
+                f"got num_processes {self.num_processes} for gpus {list(self.gpus)}; expected at most one a GPU"
+            )
+        return self
+
+    @override
+    def check(self) -> None:
+        present = gpu_bytes()
+        for gpu in self.gpus or ():
+            if gpu not in present:
+                have = f"those that nvidia-smi lists: {sorted(present)}" if present else "an empty list: there are none"
+                raise LaunchError(f"launcher.gpus: got {gpu}; expected {have}")
+        if self.gpus is None and present and self.num_processes > len(present):
+            raise LaunchError(
+                f"launcher.num_processes: got {self.num_processes}; expected at most one a GPU, of which there are "
+                f"{len(present)} (`gpus: []` runs on the CPU)"
+            )
+
+    def command(self, job: Job) -> tuple[str, ...]:
+        """What is executed; `--standalone` takes a free port, so studies never clash."""
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+        ranks = ("--nproc-per-node", str(self.num_processes), "--shutdown-timeout", str(_SHUTDOWN_SECONDS // 2))
+        return (*torchrun, *ranks, "-m", job.module, *job.arguments)
+
+    @override
+    def submit(self, job: Job) -> JobId:
+        shell = ["sh", "-c", _DETACH, str(job.run_dir / "log.txt"), *self.command(job)]
+        try:
+            started = subprocess.run(  # noqa: S603  our own command
+                shell,
+                check=True,
+                capture_output=True,
+                start_new_session=True,
+                env=self._environment(job),
+                cwd=job.run_dir,
+            )
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise LaunchError(f"{job.run_dir}: got {error}; expected to start {sys.executable}") from error
+        return JobId(f"{int(started.stdout)}:{job.token}")
+
+    @override
+    def find(self, job: Job) -> JobId | None:
+        processes = {process.pid: process for process in _processes(job.token)}
+        for pid, process in processes.items():
+            with suppress(psutil.NoSuchProcess):
+                if process.ppid() not in processes:
+                    return JobId(f"{pid}:{job.token}")
+        return None
+
+    @override
+    def poll(self, job_id: JobId) -> JobState:
+        pid, token = job_id.split(":")
+        with suppress(psutil.NoSuchProcess):
+            if _has_token(psutil.Process(int(pid)), token):
+                return JobState.RUNNING
+        return JobState.ENDED
+
+    @override
+    def cancel(self, job_id: JobId) -> None:
+        pid, token = job_id.split(":")
+        processes = list(_processes(token))
+        for process in processes:
+            if process.pid == int(pid):
+                _signal(process, signal.SIGTERM)
+                psutil.wait_procs(processes, timeout=_SHUTDOWN_SECONDS)
+        while survivors := list(_processes(token)):
+            for process in survivors:
+                _signal(process, signal.SIGKILL)
+            psutil.wait_procs(survivors, timeout=1)
+
+    def _environment(self, job: Job) -> dict[str, str]:
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_PREFIXES)
+        }
+        threads = max(1, (os.cpu_count() or 1) // self.num_processes)
+        devices = (
+            {}
+            if self.gpus is None
+            else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        )  # that order is how nvidia-smi counts
+        return {
+            "OMP_NUM_THREADS": str(threads),
+            **kept,
+            **devices,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(_PROJECT), os.environ.get("PYTHONPATH")))),
+            "PYTHONUNBUFFERED": "1",
+            _TOKEN: job.token,
+        }
+
+
+def gpu_bytes() -> dict[int, int]:
+    """Memory of each NVIDIA device by its index, without torch; empty if there is no driver."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    query = ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
+    listed = subprocess.run(query, check=False, capture_output=True, text=True)  # noqa: S603
+    if listed.returncode != 0:
+        return {}
+    return {int(index): int(mebibytes) * 2**20 for index, mebibytes in csv.reader(listed.stdout.splitlines())}
+
+
+def _processes(token: str) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        if _has_token(process, token):
+            yield process
+
+
+def _has_token(process: psutil.Process, token: str) -> bool:
+    try:
+        return process.environ().get(_TOKEN) == token
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess, OSError):
+        return False
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(number)

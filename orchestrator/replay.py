@@ -1,0 +1,96 @@
+"""Running a frozen trial once more, to see whether it gives the same numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from orchestrator.controller import WORKER
+from orchestrator.launcher import Job, JobId, JobState, Launcher
+from orchestrator.tables import read_result
+from trainers.errors import ConfigError, LaunchError
+from trainers.rundir import RunDir, RunError, thaw, write_atomically
+
+if TYPE_CHECKING:
+    from trainers.rundir import Score
+
+STUDY_FILE = "study.yaml"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Scores of a trial and of its repetition."""
+
+    run: RunDir
+    """The repetition."""
+    before: Mapping[str, Score]
+    after: Mapping[str, Score]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every score has the same mean, bit for bit."""
+        return {name: score.mean for name, score in self.before.items()} == {
+            name: score.mean for name, score in self.after.items()
+        }
+
+
+def replay(folder: Path) -> Replay:
+    """Run the frozen trial of `folder` again in a new directory and wait for its result.
+
+    Raises:
+        ConfigError: `folder` holds no finished trial, or its `trial.yaml` was edited.
+        LaunchError: The repetition ended without a result.
+    """
+    original = RunDir(folder.resolve())
+    before = read_result(original)
+    if before is None or not original.trial.exists():
+        raise ConfigError(f"{folder}: got a folder without trial.yaml and result.json; expected a scored trial")
+    thaw(original.trial)
+    root = original.path.parents[1]
+    launcher = _launcher(root)
+    run = _new_folder(root, original)
+    text = original.trial.read_text(encoding="utf-8")
+    write_atomically(run.trial, text)
+    digest = text.partition("\n")[0].removeprefix("sha256: ")
+    with _submitted(
+        launcher, Job(WORKER, (str(run.path), "--sha256", digest, "--cache", str(root.parent / "cache")), run.path)
+    ) as job_id:
+        while launcher.poll(job_id) is not JobState.ENDED:
+            time.sleep(launcher.poll_seconds)
+    after = read_result(run)
+    if after is None:
+        error = RunError.model_validate_json(run.error.read_text(encoding="utf-8")) if run.error.exists() else None
+        got = f"{error.reason}: {error.message}" if error else "a job that ended without a result"
+        raise LaunchError(f"{run.path}: got {got}; expected scores; see {run.log}")
+    return Replay(run, before.scores, after.scores)
+
+
+@contextmanager
+def _submitted(launcher: Launcher, job: Job) -> Generator[JobId]:
+    job_id = launcher.submit(job)
+    try:
+        yield job_id
+    finally:
+        launcher.cancel(job_id)  # without effect if it has ended
+
+
+def _launcher(root: Path) -> Launcher:
+    """The study's own: results are bit-equal only for the same number of processes."""
+    path = root / STUDY_FILE
+    if not path.exists():
+        raise ConfigError(f"{path}: got no such file; expected the study that the trial belongs to")
+    return Launcher.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))["launcher"])
+
+
+def _new_folder(root: Path, original: RunDir) -> RunDir:
+    folder = root / "replays"
+    count = len(list(folder.glob(f"{original.path.name}-*")))
+    run = RunDir(folder / f"{original.path.name}-{count + 1}")
+    run.path.mkdir(parents=True)
+    return run

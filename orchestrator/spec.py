@@ -1,0 +1,203 @@
+"""What a study file says, and what one trial of it is."""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Never, Self, cast
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+import trainers.methods  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the kinds
+from evaluation.config import EvaluateConfig
+from orchestrator.complaints import complaint, config_error, did_you_mean, shown
+from orchestrator.launcher import Launcher
+from orchestrator.launchers.local import LocalLauncher
+from orchestrator.objective import Objective
+from orchestrator.search import NoPruner, Parameter, Pruner, Sampler, TpeSampler, Value
+from orchestrator.tracker import Tracker
+from orchestrator.trackers.mlflow import MlflowTracker
+from orchestrator.yaml import Document, Location, Tree, load
+from trainers.config import Config, LocalPath
+from trainers.errors import ConfigError
+from trainers.method import MethodConfig
+
+_MAX_CORNERS = 256
+
+
+class TrialSpec(Config):
+    """Everything that determines a trial's result; frozen into its run directory before it starts."""
+
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """All randomness of training follows from it."""
+    train: MethodConfig
+    evaluate: EvaluateConfig
+
+
+class Limits(Config):
+    """When a study ends."""
+
+    trials: int = Field(default=20, ge=1)
+    """Trials that count: those that were scored, pruned, or ran out of memory or finite numbers."""
+    parallel: int = Field(default=1, ge=1)
+    """Jobs at the same time. They share the launcher's devices."""
+    max_retries: int = Field(default=2, ge=0)
+    """Resubmissions of a trial whose job was lost; it resumes from its last checkpoint."""
+
+
+class StudySpec(Config):
+    """One study file."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    output: LocalPath = Field(default_factory=lambda: Path.cwd() / "runs")
+    """Studies and what they share are written below it."""
+    trial: TrialSpec
+    """The template, and the first trial."""
+    search: dict[str, Parameter] = Field(min_length=1)
+    """Dotted path into the trial to the values it may take."""
+    sampler: Sampler = TpeSampler()
+    pruner: Pruner = NoPruner()
+    objective: Objective
+    launcher: Launcher = LocalLauncher()
+    tracker: Tracker = MlflowTracker()
+    limits: Limits = Limits()
+
+    @property
+    def root(self) -> Path:
+        """Everything that belongs to this study alone."""
+        return self.output / self.name
+
+    @property
+    def cache(self) -> Path:
+        """Frozen work that all studies share."""
+        return self.output / "cache"
+
+    @property
+    def num_trials(self) -> int:
+        """Counted trials until the study is finished."""
+        size = self.sampler.size(self.search)
+        return self.limits.trials if size is None else min(size, self.limits.trials)
+
+    def defaults(self) -> dict[str, Value]:
+        """The template's value of every searched path."""
+        tree = self.trial.model_dump(mode="json")
+        return {path: _get(tree, path) for path in self.search}
+
+    def resolve(self, params: Mapping[str, Value]) -> TrialSpec:
+        """The trial that `params` (dotted path to value) describe.
+
+        Raises:
+            ConfigError: There is no such path, or the values do not make a valid trial.
+        """
+        tree = self.trial.model_dump(mode="json")
+        for path, value in params.items():
+            _set(tree, path, value)
+        try:
+            return TrialSpec.model_validate(tree)
+        except ValidationError as error:
+            location, message = complaint(error, Document(tree), TrialSpec)
+            raise ConfigError(f"{'.'.join(map(str, location))}: {message}") from error
+
+    @model_validator(mode="after")
+    def _search_makes_valid_trials(self) -> Self:
+        for path, parameter in self.search.items():
+            try:
+                default = self._default(path)
+            except ConfigError as error:
+                _reject(("search", path), path, str(error))
+            for value in parameter.corners():
+                self._check_corner({path: value})
+            if not parameter.contains(default):
+                message = (
+                    f"got {shown(default)} in the trial, which the search cannot reach; expected a value of the "
+                    "parameter, because the first trial is the study's own defaults"
+                )
+                _reject(("search", path), default, message)
+        corners = [[(path, value) for value in parameter.corners()] for path, parameter in self.search.items()]
+        if math.prod(map(len, corners)) <= _MAX_CORNERS:
+            for corner in itertools.product(*corners):
+                self._check_corner(dict(corner))
+        return self
+
+    @model_validator(mode="after")
+    def _sampler_can_search(self) -> Self:
+        try:
+            self.sampler.size(self.search)
+        except ValueError as error:
+            _reject(("sampler",), self.sampler.model_dump(), str(error))
+        return self
+
+    @model_validator(mode="after")
+    def _objective_is_measured(self) -> Self:
+        known = self.trial.evaluate.metrics
+        for name in self.objective.weights_by_score():
+            if name not in known:
+                message = f"got score {name!r}; expected one of trial.evaluate.metrics; {did_you_mean(name, known)}"
+                _reject(("objective",), name, message)
+        return self
+
+    def _default(self, path: str) -> object:
+        return _get(self.trial.model_dump(mode="json"), path)
+
+    def _check_corner(self, corner: dict[str, Value]) -> None:
+        try:
+            self.resolve(corner)
+        except ConfigError as error:
+            path = next(iter(corner))
+            values = ", ".join(f"{name}={shown(value)}" for name, value in corner.items())
+            got = shown(corner[path]) if len(corner) == 1 else values
+            _reject(("search", path), corner[path], f"got {got}, which makes an invalid trial: {error}")
+
+
+def load_study(path: Path, sets: Iterable[str] = ()) -> tuple[StudySpec, Document]:
+    """Read and validate a study file.
+
+    Raises:
+        ConfigError: What is wrong with it, in one line.
+    """
+    document = load(path, sets)
+    try:
+        return StudySpec.model_validate(document.tree), document
+    except ValidationError as error:
+        raise config_error(error, document, StudySpec) from error
+
+
+def _reject(location: Location, value: object, message: str) -> Never:
+    problem = PydanticCustomError("value_error", "{message}", {"message": message})
+    raise ValidationError.from_exception_data(
+        "StudySpec", [InitErrorDetails(type=problem, loc=location, input=value)]
+    ) from None
+
+
+def _owner(tree: Tree, path: str) -> tuple[Tree, str]:
+    """The mapping that holds the last key of `path`, and that key."""
+    *parents, leaf = path.split(".")
+    owner: Any = tree
+    for index, part in enumerate(parents):
+        owner = cast("Tree", owner)[part] if isinstance(owner, dict) and part in owner else {}
+        if owner is None:
+            above = ".".join(parents[: index + 1])
+            raise ConfigError(f"got a path below {above}, which is null in the trial; expected a mapping there")
+    if not isinstance(owner, dict) or leaf not in owner:
+        hint = did_you_mean(path, _paths(tree))
+        raise ConfigError(f"got an unknown path; expected one into the trial; {hint}")
+    return cast("Tree", owner), leaf
+
+
+def _get(tree: Tree, path: str) -> Any:
+    owner, leaf = _owner(tree, path)
+    return owner[leaf]
+
+
+def _set(tree: Tree, path: str, value: Value) -> None:
+    owner, leaf = _owner(tree, path)
+    owner[leaf] = value
+
+
+def _paths(tree: Tree, above: str = "") -> Iterable[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _paths(cast("Tree", value), f"{above}{key}.")
+        else:
+            yield f"{above}{key}"

@@ -1,0 +1,223 @@
+"""Where a study is kept: one SQLite file, one controller at a time, and never two different studies in one place."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import sqlite3
+import time
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from pydantic import ValidationError
+
+from orchestrator.complaints import shown
+from orchestrator.provenance import versions
+from trainers.errors import StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+    from pathlib import Path
+
+    import optuna
+
+    from orchestrator.spec import StudySpec
+
+log = logging.getLogger(__name__)
+
+_BUSY_SECONDS = 60
+"""How long to wait for another writer of the file; SQLite's own 5 s is short on a busy or a network disk."""
+_LOCK_POLL_SECONDS = 0.2
+_IDENTITY = "identity"
+_VERSIONS = "versions"
+_MAX_LISTED = 3
+
+
+@contextmanager
+def controller_lock(root: Path) -> Generator[None]:
+    """Hold a study for the one process that may change it.
+
+    Raises:
+        StorageError: Another process holds it, or `root` cannot be written.
+    """
+    path = root / "lock"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{root}: got {_reason(error)}; expected a folder that can be written") from error
+    with file:
+        if not _try_lock(file):
+            raise StorageError(
+                f"{path}: got a study that is run by {_describe(holder(root))}; expected none; wait for it, or end it "
+                "with `python -m orchestrator cancel`"
+            )
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
+        file.flush()
+        yield
+
+
+def holder(root: Path) -> dict[str, Any] | None:
+    """Process id, host and start of whoever last took the lock, or None if nobody has, or just now."""
+    try:
+        return cast("dict[str, Any]", json.loads((root / "lock").read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def end_controller(root: Path, timeout_seconds: float) -> bool:
+    """Ask the study's controller to end its jobs and itself, and wait for that; False if there is none.
+
+    Raises:
+        StorageError: It runs on another machine, or does not end in time.
+    """
+    path = root / "lock"
+    deadline = time.monotonic() + timeout_seconds
+    with path.open("a+", encoding="utf-8") as file:
+        if _try_lock(file):
+            return False
+        who = holder(root)
+        if who is None or who["host"] != socket.gethostname():
+            raise StorageError(f"{path}: got a study that is run by {_describe(who)}; expected one on this machine")
+        os.kill(who["pid"], signal.SIGTERM)
+        while not _try_lock(file):
+            if time.monotonic() > deadline:
+                raise StorageError(f"{path}: got {_describe(who)} that goes on; expected it to end on SIGTERM")
+            time.sleep(_LOCK_POLL_SECONDS)
+    return True
+
+
+def _try_lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _describe(who: dict[str, Any] | None) -> str:
+    return f"process {who['pid']} on {who['host']} since {who['since']}" if who else "another process"
+
+
+def open_study(spec: StudySpec) -> optuna.Study:
+    """Create the study or go on with it. Call with the lock held.
+
+    Raises:
+        StorageError: The file is damaged, or holds another study; the message says what differs.
+    """
+    path = spec.root / "study.db"
+    is_new = not path.exists()
+    if is_new:
+        if (spec.root / "trials").exists():
+            raise StorageError(
+                f"{spec.root}/trials: got trials of a study whose study.db is gone; move the folder away"
+            )
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")  # kept in the file; readers and the writer do not wait
+    study = _connect(spec, path)
+    _check_identity(spec, study, path)
+    _note_versions(study)
+    return study
+
+
+def read_study(spec: StudySpec) -> optuna.Study:
+    """The study as it is now, for looking at.
+
+    Raises:
+        StorageError: There is none, or it cannot be read.
+    """
+    path = spec.root / "study.db"
+    if not path.exists():
+        raise StorageError(f"{path}: got no such file; expected a study; start it with `python -m orchestrator run`")
+    return _connect(spec, path)
+
+
+def _connect(spec: StudySpec, path: Path) -> optuna.Study:
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS}}
+        )
+        names = [s.study_name for s in storage.get_all_studies()]
+        if names not in ([], [spec.name]):
+            raise StorageError(f"{path}: got study {names[0]!r}; expected {spec.name!r}; move the folder away")
+        return optuna.create_study(
+            storage=storage,
+            study_name=spec.name,
+            direction="maximize",
+            sampler=_sampler(spec),
+            pruner=spec.pruner.build(),
+            load_if_exists=True,
+        )
+    except (SQLAlchemyError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
+        problem = str(error).partition("\n")[0]
+        raise StorageError(f"{path}: got {problem}; expected a study's SQLite file") from error
+
+
+def _sampler(spec: StudySpec) -> optuna.samplers.BaseSampler:
+    from orchestrator.drawing import DrawingSampler
+
+    return DrawingSampler(spec.sampler, spec.search, spec.defaults())
+
+
+def _identity(spec: StudySpec) -> dict[str, Any]:
+    return spec.model_dump(mode="json", include={"trial", "search", "sampler", "pruner", "objective"})
+
+
+def _check_identity(spec: StudySpec, study: optuna.Study, path: Path) -> None:
+    now = _identity(spec)
+    stored = study.user_attrs.get(_IDENTITY)
+    if stored is None:
+        study.set_user_attr(_IDENTITY, now)
+        return
+    try:  # what the stored study means to this version of the code: new keys have their defaults
+        stored = _identity(spec.model_validate(spec.model_dump(mode="json") | stored))
+    except ValidationError:
+        log.debug("the stored study is not valid any more; it is compared as it was written")
+    before, after = dict(_leaves(stored)), dict(_leaves(now))
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    if changed:
+        listed = ", ".join(
+            f"{key} was {_said(before, key)} and is {_said(after, key)}" for key in changed[:_MAX_LISTED]
+        )
+        more = f" and {len(changed) - _MAX_LISTED} more" if len(changed) > _MAX_LISTED else ""
+        raise StorageError(
+            f"{path}: got another study than the stored one: {listed}{more}; expected the same trial, search, sampler, "
+            "pruner and objective; undo the change, or give the study a new `name`"
+        )
+
+
+def _leaves(tree: object, above: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(tree, dict) and tree:
+        for key, value in cast("dict[str, object]", tree).items():
+            yield from _leaves(value, f"{above}.{key}" if above else key)
+    else:
+        yield above, tree
+
+
+def _said(leaves: dict[str, object], key: str) -> str:
+    return shown(leaves[key]) if key in leaves else "absent"
+
+
+def _note_versions(study: optuna.Study) -> None:
+    """Remember every set of versions that the study ran under; warn about a new one."""
+    known, now = study.user_attrs.get(_VERSIONS, []), versions()
+    if known and known[-1] != now:
+        changes = [f"{key} {known[-1].get(key)} -> {now[key]}" for key in now if now[key] != known[-1].get(key)]
+        log.warning("the study goes on under other versions than before: %s", ", ".join(changes))
+    if not known or known[-1] != now:
+        study.set_user_attr(_VERSIONS, [*known, now])
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,111 @@
+"""What `status` and `best` show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.table import Table
+
+from trainers.errors import StorageError
+from trainers.rundir import RunDir, RunResult, write_atomically
+
+if TYPE_CHECKING:
+    from orchestrator.spec import StudySpec
+    from orchestrator.tracker import TrialView
+
+_STYLES = {"COMPLETE": "green", "RUNNING": "cyan", "PRUNED": "yellow", "FAIL": "red"}
+_MAX_REASON = 70
+
+
+def read_result(run: RunDir) -> RunResult | None:
+    """The run's result, or None if it has none yet."""
+    try:
+        return RunResult.model_validate_json(run.result.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def status_table(spec: StudySpec, trials: Sequence[TrialView]) -> Table:
+    """A row for every trial: state, parameters, scores with standard errors, duration and what went wrong."""
+    scores = list(spec.trial.evaluate.metrics)
+    counted = sum(trial.state in {"COMPLETE", "PRUNED"} for trial in trials)
+    table = Table(title=f"{spec.name}: {counted} of {spec.num_trials} trials", title_justify="left")
+    table.add_column("trial", justify="right")
+    table.add_column("state")
+    for name in (*map(_short, spec.search), "value", *scores, "duration"):
+        table.add_column(name, justify="right")
+    table.add_column("reason")
+    for trial in trials:
+        result = read_result(trial.run)
+        cells = [_cell(trial.params.get(path)) if path in trial.params else "" for path in spec.search]
+        cells.append(f"{trial.values[0]:.4g}" if trial.values else "")
+        cells += [_score(result, name) for name in scores]
+        cells.append(_duration(trial))
+        table.add_row(str(trial.number), trial.state.lower(), *cells, _reason(trial), style=_STYLES.get(trial.state))
+    return table
+
+
+def best_trial(spec: StudySpec, trials: Sequence[TrialView]) -> tuple[TrialView, float]:
+    """The scored trial with the largest value, and that value.
+
+    Raises:
+        StorageError: No trial has been scored yet.
+    """
+    scored = [(trial, trial.values[0]) for trial in trials if trial.state == "COMPLETE" and trial.values]
+    if not scored:
+        raise StorageError(f"{spec.root}: got no scored trial; expected at least one; see `status`")
+    return max(scored, key=lambda pair: (pair[1], -pair[0].number))
+
+
+def write_best(spec: StudySpec, winner: TrialView, value: float) -> tuple[Path, Mapping[str, Any]]:
+    """Write `best_params.yaml` into the study's folder; return its path and content."""
+    result = read_result(winner.run)
+    scores = result.scores if result else {}
+    content = {
+        "trial": winner.number,
+        "value": value,
+        "params": winner.params,
+        "scores": {
+            name: {"mean": score.mean, "standard_error": score.standard_error} for name, score in scores.items()
+        },
+        "adapter": str(winner.run.adapter),
+        "frozen_trial": str(winner.run.trial),
+        "use": f"pipeline.load_lora_weights({str(winner.run.adapter)!r})",
+    }
+    path = spec.root / "best_params.yaml"
+    plain = json.loads(json.dumps(content))
+    write_atomically(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    return path, plain
+
+
+def _short(path: str) -> str:
+    return path.removeprefix("train.").removeprefix("evaluate.")
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _score(result: RunResult | None, name: str) -> str:
+    if result is None or name not in result.scores:
+        return ""
+    score = result.scores[name]
+    return f"{score.mean:.4f} ± {score.standard_error:.4f}"
+
+
+def _duration(trial: TrialView) -> str:
+    if trial.start is None:
+        return ""
+    end = trial.end or datetime.now(UTC)
+    return str(timedelta(seconds=round((end - trial.start).total_seconds())))
+
+
+def _reason(trial: TrialView) -> str:
+    reason = trial.reason or ""
+    where = f"; see {trial.run.log}" if reason and trial.state == "FAIL" else ""
+    return (reason if len(reason) <= _MAX_REASON else reason[: _MAX_REASON - 1] + "…") + where
