@@ -1,7 +1,7 @@
 """What a tracker is: somewhere else to look at a study. The files in the run directories stay the truth."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -58,4 +58,19 @@ class Tracker(Choice):
 
         Raises:
             TrackerError: The store cannot be reached or refused an update.
+        """
+
+    @abstractmethod
+    def serve(self, name: str, root: Path, port: int, say: Callable[[str], None]) -> None:
+        """Show the store in a browser, on this machine only, until interrupted.
+
+        Args:
+            name: The study's name.
+            root: The study's own folder, as in `StudyView`.
+            port: Where to listen; another port is used, and said, if this one is taken.
+            say: Receives what the user should read, such as the address.
+
+        Raises:
+            ConfigError: There is nothing to show.
+            TrackerError: The store cannot be opened, or its server does not start.
         """

@@ -1,0 +1,346 @@
+"""What MLflow holds of one study, and what it still lacks.
+
+Everything that was sent is read back from the store when a mirror is made: the parent run is known by the study's name
+and the time of its first trial, a child run by its parent and its number. How far a trial's events were sent stands in
+the tag `events`, which goes out after the metrics it speaks of; metrics carry the job's own time, so sending one twice
+changes nothing.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import re
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from orchestrator.tracker import StudyView, TrialView
+from trainers.errors import TrackerError
+from trainers.rundir import RunDir, RunResult, thaw
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+T = TypeVar("T")
+
+_MAX_KEY = 250
+_MAX_PARAM = 6000
+_MAX_TAG = 8000
+_MAX_PARAMS = 100
+_MAX_METRICS = 900
+"""Limits of one `log_batch` request; 1000 things in all."""
+
+_STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
+"""Optuna's final states in MLflow's words."""
+
+_HAS_IMAGES = "mlflow.loggedImages"
+"""MLflow's own mark of a run whose pictures are complete: the thumbnail is the last file that it writes."""
+
+IMAGE_KEY = "samples"
+"""The same in every child run, so that the image grid shows trials side by side."""
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What a store raises when it cannot be reached or refuses an update."""
+    _configure()
+    from alembic.util import CommandError
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, CommandError, OSError)
+
+
+def find_experiment(store: str, name: str) -> str:
+    """Id of the study's experiment, which is made if it is missing.
+
+    Raises:
+        TrackerError: It was deleted in the browser.
+    """
+    return _find_experiment(_open(store), store, name)
+
+
+@dataclass
+class _Child:
+    """A trial's run as the store has it."""
+
+    run_id: str
+    tags: dict[str, str]
+    ended: bool
+
+    @property
+    def sent(self) -> tuple[int, int]:
+        """Byte offset in `events.jsonl` and optimizer step up to which metrics were sent."""
+        offset, step = self.tags.get("events", "0:-1").split(":")
+        return int(offset), int(step)
+
+
+class Mirror:
+    """One study in one store."""
+
+    def __init__(self, store: str, study: StudyView, trials: Sequence[TrialView]) -> None:
+        self._study = study
+        self._client = _open(store)
+        self._experiment = _find_experiment(self._client, store, study.name)
+        self._parent = self._find_parent(trials)
+        runs = self._search(f"tags.`mlflow.parentRunId` = '{self._parent.run_id}'")
+        self._children = {int(run.data.tags["trial"]): _child(run) for run in runs}
+
+    def update(self, trials: Sequence[TrialView]) -> None:
+        """Send what the store lacks; asks nothing of the store if it lacks nothing."""
+        for trial in trials:
+            child = self._children.get(trial.number)
+            if child is None:
+                child = self._children[trial.number] = self._create(trial)
+            if not child.ended:
+                self._update_trial(child, trial)
+        ended = all(trial.state in _STATUS for trial in trials)
+        if ended != self._parent.ended:
+            self._client.update_run(self._parent.run_id, status="FINISHED" if ended else "RUNNING")
+            self._parent.ended = ended
+
+    def _update_trial(self, child: _Child, trial: TrialView) -> None:
+        if "config_sha256" not in child.tags and trial.run.trial.exists():
+            self._send_config(child, trial.run)
+        self._send_events(child, trial.run)
+        if trial.state in _STATUS:
+            self._send_outcome(child, trial)
+            end = trial.end or trial.start
+            self._client.set_terminated(child.run_id, _STATUS[trial.state], end_time=_milliseconds(end))
+            child.ended = True
+        else:
+            self._send(child, tags={"state": trial.state, "reason": trial.reason or ""})
+
+    def _send_config(self, child: _Child, run: RunDir) -> None:
+        config = thaw(run.trial)
+        self._client.log_artifact(child.run_id, str(run.trial))
+        digest = run.trial.read_text(encoding="utf-8").partition("\n")[0].removeprefix("sha256: ")
+        self._send(child, params=flatten(config), tags={"config_sha256": digest})
+
+    def _send_events(self, child: _Child, run: RunDir) -> None:
+        offset, step = child.sent
+        if not run.events.exists() or run.events.stat().st_size <= offset:
+            return
+        metrics: list[Metric] = []
+        # A job that was lost repeats the steps since its last checkpoint, with the same numbers: sent once.
+        for end, event in run.read_events(offset):
+            offset = end
+            if event["event"] == "train" and event["step"] > step:
+                step = event["step"]
+                metrics += _curves(event)
+        self._send(child, metrics=metrics, tags={"events": f"{offset}:{step}"})
+
+    def _send_outcome(self, child: _Child, trial: TrialView) -> None:
+        tags = {"state": trial.state, "reason": trial.reason or ""}
+        metrics: list[Metric] = []
+        if trial.run.result.exists():
+            result = RunResult.model_validate_json(trial.run.result.read_text(encoding="utf-8"))
+            written = int(trial.run.result.stat().st_mtime * 1000)
+            metrics += [_metric(name, value, written) for name, value in scores(result).items()]
+            tags |= result.versions
+            self._send_files(child, trial.run, written)
+        for name, value in objectives(trial.values).items():
+            metrics.append(_metric(name, value, _milliseconds(trial.end or trial.start)))
+        self._send(child, metrics=metrics, tags=tags)
+
+    def _send_files(self, child: _Child, run: RunDir, written: int) -> None:
+        if run.adapter.is_dir():
+            self._client.log_artifacts(child.run_id, str(run.adapter), "adapter")
+        if run.records.is_file():
+            self._client.log_artifact(child.run_id, str(run.records))
+        if (run.samples / "grid.png").is_file() and _HAS_IMAGES not in child.tags:
+            self._send_image(child, run.samples / "grid.png", written)
+
+    def _send_image(self, child: _Child, path: Path, written: int) -> None:
+        """Log a picture once: each call makes new files, so ask whether an interrupted update made them."""
+        listed = self._client.list_artifacts(child.run_id, "images")
+        if not any(file.path.endswith(".webp") for file in listed):
+            from PIL import Image
+
+            with Image.open(path) as image:
+                self._client.log_image(child.run_id, image, key=IMAGE_KEY, step=0, timestamp=written)
+        self._send(child, tags={_HAS_IMAGES: "True"})
+
+    def _find_parent(self, trials: Sequence[TrialView]) -> _Child:
+        first = min(trials, key=lambda trial: trial.number).start
+        assert first is not None
+        started = first.isoformat()
+        found = self._search(f"tags.study = '{self._study.name}' and tags.started = '{started}'")
+        if found:
+            parent = _child(found[0])
+        else:
+            tags = {"study": self._study.name, "started": started}
+            parent = _child(self._client.create_run(self._experiment, _milliseconds(first), tags, self._study.name))
+        note = f"```yaml\n{self._study.study_yaml}\n```"[:_MAX_TAG]
+        if parent.tags.get("mlflow.note.content") != note:
+            self._client.log_text(parent.run_id, self._study.study_yaml, "study.yaml")
+        self._send(parent, tags={**self._tags(), "mlflow.note.content": note})
+        return parent
+
+    def _create(self, trial: TrialView) -> _Child:
+        tags = {
+            "study": self._study.name,
+            "trial": str(trial.number),
+            "state": trial.state,
+            "mlflow.parentRunId": self._parent.run_id,
+            **self._tags(),
+        }
+        start, name = _milliseconds(trial.start), f"trial-{trial.number:04d}"
+        return _child(self._client.create_run(self._experiment, start, tags, name))
+
+    def _tags(self) -> dict[str, str]:
+        commit = self._study.tags.get("commit", "").partition("+")[0]
+        return {**self._study.tags, **({"mlflow.source.git.commit": commit} if commit else {})}
+
+    def _send(
+        self,
+        child: _Child,
+        *,
+        metrics: Sequence["Metric"] = (),
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Send numbers, then parameters, then the tags that say so; nothing if there is nothing new."""
+        from mlflow.entities import Param, RunTag
+
+        cut = {key: value[:_MAX_TAG] for key, value in (tags or {}).items()}
+        changed = {key: value for key, value in cut.items() if child.tags.get(key, "") != value}
+        for batch in _batches(list((params or {}).items()), _MAX_PARAMS):
+            self._client.log_batch(child.run_id, params=[Param(key, value) for key, value in batch])
+        *earlier, last = list(_batches(metrics, _MAX_METRICS)) or [[]]
+        for batch in earlier:
+            self._client.log_batch(child.run_id, metrics=batch)
+        if last or changed:
+            run_tags = [RunTag(key, value) for key, value in changed.items()]
+            self._client.log_batch(child.run_id, metrics=last, tags=run_tags)
+            child.tags.update(changed)
+
+    def _search(self, query: str) -> "list[Run]":
+        runs: list[Run] = []
+        token: str | None = None
+        while True:
+            page = self._client.search_runs([self._experiment], query, page_token=token)
+            runs += page
+            token = cast("str | None", page.token)
+            if not token:
+                return runs
+
+
+def scores(result: RunResult) -> dict[str, float]:
+    """Metrics of a finished trial by name; scores are `<metric>/<model>`, their standard errors end in `_se`."""
+    named: dict[str, float] = {}
+    for metric, score in result.scores.items():
+        name = f"{_key(metric)}/{_key(score.model)}"
+        named |= {name: score.mean, f"{name}_se": score.standard_error}
+        if score.num_undefined:
+            named[f"{name}_undefined"] = float(score.num_undefined)
+    named |= {f"seconds/{_key(stage)}": seconds for stage, seconds in result.seconds.items()}
+    return {**named, "peak_bytes": float(result.peak_bytes)}
+
+
+def objectives(values: Sequence[float] | None) -> dict[str, float]:
+    """`objective`, or `objective_0`, `objective_1` … if there are several."""
+    if values is None:
+        return {}
+    if len(values) == 1:
+        return {"objective": values[0]}
+    return {f"objective_{place}": value for place, value in enumerate(values)}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Leaves of a config by dotted path, as MLflow's parameters can hold them."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{_key(key)}"
+        if isinstance(value, dict):
+            flat |= flatten(cast("dict[str, Any]", value), f"{path}.")
+            continue
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        end = " … (all of it is in trial.yaml)"
+        flat[path[:_MAX_KEY]] = text if len(text) <= _MAX_PARAM else text[: _MAX_PARAM - len(end)] + end
+    return flat
+
+
+def _key(name: str) -> str:
+    """`name` with what MLflow's names cannot hold replaced, so that `/` stays free to group charts."""
+    return re.sub(r"[^\w.\- ]", "-", name)[: _MAX_KEY // 3]
+
+
+def _curves(event: Mapping[str, Any]) -> "Iterator[Metric]":
+    written = int(event["time"] * 1000)
+    for name, value in event.items():
+        if name not in ("time", "event", "step") and value is not None:
+            yield _metric(f"train/{name}", value, written, event["step"])
+
+
+def _metric(name: str, value: float, milliseconds: int, step: int = 0) -> "Metric":
+    from mlflow.entities import Metric
+
+    return Metric(name, float(value), milliseconds, step)
+
+
+def _child(run: "Run") -> _Child:
+    return _Child(run.info.run_id, dict(run.data.tags), run.info.status != "RUNNING")
+
+
+def _milliseconds(moment: datetime | None) -> int:
+    assert moment is not None
+    return int(moment.timestamp() * 1000)
+
+
+def _batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def _configure() -> None:
+    """MLflow is configured by environment variables only; a user's own values are kept."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _open(store: str) -> "MlflowClient":
+    _configure()
+    from mlflow import MlflowClient
+
+    with _alone(store):
+        client = MlflowClient(tracking_uri=store)
+        client.search_experiments(max_results=1)
+    return client
+
+
+@contextmanager
+def _alone(store: str) -> Generator[None]:
+    """Hold a lock beside a SQLite file: its first opening makes the tables, which two processes cannot do at once."""
+    if not store.startswith("sqlite"):
+        yield
+        return
+    path = Path(store.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _find_experiment(client: "MlflowClient", store: str, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        location = None
+        if store.startswith("sqlite"):
+            location = (Path(store.removeprefix("sqlite:///")).parent / "mlartifacts" / name).as_uri()
+        return client.create_experiment(name, artifact_location=location)
+    if found.lifecycle_stage != "active":
+        raise TrackerError(
+            f"{store}: experiment {name!r} was deleted; expected an active one; run "
+            f"`MLFLOW_TRACKING_URI={store} mlflow experiments restore -x {found.experiment_id}`, or rename the study"
+        )
+    return found.experiment_id

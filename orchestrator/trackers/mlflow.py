@@ -1,0 +1,110 @@
+"""MLflow (Zaharia et al., 2018): curves, scores, pictures and adapters of all studies, side by side in a browser."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, PrivateAttr
+from typing_extensions import override
+
+from orchestrator.server import HOST, choose_port, running
+from orchestrator.tracker import StudyView, Tracker, TrialView
+from trainers.errors import TrackerError
+
+if TYPE_CHECKING:
+    from orchestrator.mlflow_mirror import Mirror
+
+_PATIENCE = 10.0
+"""A failed update is repeated after this many times what it cost, so that a dead server cannot slow a study."""
+_LONGEST_PATIENCE_SECONDS = 60.0
+
+
+def _is_store(uri: str) -> str:
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        raise ValueError(f"got {uri!r}; expected an absolute path: sqlite:////folder/mlflow.db")
+    if not uri.startswith(("sqlite:////", "http://", "https://")):
+        raise ValueError(f"got {uri!r}; expected sqlite:////folder/mlflow.db, http://… or https://…")
+    if "@" in uri and not uri.startswith("sqlite"):
+        raise ValueError(
+            "got a user name in the address; expected it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            "because a study file is copied into every store"
+        )
+    return uri
+
+
+class MlflowTracker(Tracker):
+    """Mirrors the study to MLflow."""
+
+    kind: Literal["mlflow"] = "mlflow"
+    uri: Annotated[str, AfterValidator(_is_store)] | None = None
+    """`sqlite:////folder/mlflow.db` or `http://host:port`; null is `mlflow.db` beside the study's folder."""
+
+    _mirror: "Mirror | None" = PrivateAttr(default=None)
+    _failure: str = PrivateAttr(default="")
+    _retry_at: float = PrivateAttr(default=0.0)
+
+    @override
+    def mirror(self, study: StudyView, trials: Sequence[TrialView]) -> None:
+        started = [trial for trial in trials if trial.start is not None]
+        if not started:
+            return
+        begin = time.monotonic()
+        if begin < self._retry_at:
+            raise TrackerError(self._failure)
+        from orchestrator.mlflow_mirror import Mirror, store_errors
+
+        try:
+            if self._mirror is None:
+                self._mirror = Mirror(self._store(study.root), study, started)
+            self._mirror.update(started)
+        except (TrackerError, *store_errors()) as error:
+            end = time.monotonic()
+            self._mirror = None
+            self._failure = f"{self._store(study.root)}: MLflow is behind and will catch up ({_first_line(error)})"
+            self._retry_at = end + min(_PATIENCE * (end - begin), _LONGEST_PATIENCE_SECONDS)
+            raise TrackerError(self._failure) from error
+
+    @override
+    def serve(self, name: str, root: Path, port: int, say: Callable[[str], None]) -> None:
+        from orchestrator.mlflow_mirror import find_experiment, store_errors
+
+        store = self._store(root)
+        try:
+            experiment = find_experiment(store, name)
+        except store_errors() as error:
+            raise TrackerError(f"{store}: cannot be opened ({_first_line(error)})") from error
+        pages = f"/#/experiments/{experiment}/runs"
+        if not store.startswith("sqlite"):
+            say(f"This study's pages: {store.rstrip('/')}{pages}")
+            return
+        chosen = choose_port(port)
+        if chosen != port:
+            say(f"Port {port} is taken; using {chosen}.")
+        address = f"http://{HOST}:{chosen}"
+        say("Starting the MLflow server …")
+        with running(_server(store, chosen), _SERVER_ENVIRONMENT, f"{address}/health") as process:
+            say(f"This study's pages: {address}{pages}\nCtrl-C ends the server.")
+            process.wait()
+
+    def _store(self, root: Path) -> str:
+        return self.uri or f"sqlite:///{root.parent.resolve() / 'mlflow.db'}"
+
+
+_SERVER_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+}
+"""Without the second line the server starts eight more processes."""
+
+
+def _server(store: str, port: int) -> list[str]:
+    artifacts = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts"
+    # `python -m mlflow` imports Matplotlib styles and more before it parses a flag; 1 worker serves one person.
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
+    return [*command, "--default-artifact-root", artifacts.as_uri(), "--host", HOST, "--port", str(port)]
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

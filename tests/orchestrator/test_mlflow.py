@@ -1,0 +1,387 @@
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from pydantic import ValidationError
+
+from orchestrator.mlflow_mirror import Mirror, flatten, objectives, scores
+from orchestrator.trackers.mlflow import MlflowTracker
+from tests.orchestrator.views import FakeStudy
+from trainers.errors import TrackerError
+from trainers.rundir import RunResult, Score
+
+
+def opened(study: FakeStudy) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{study.output / 'mlflow.db'}")
+
+
+def runs(study: FakeStudy) -> list[Run]:
+    client = opened(study)
+    experiment = client.get_experiment_by_name(study.name)
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def child(study: FakeStudy, number: int = 0) -> Run:
+    (found,) = [run for run in runs(study) if run.data.tags.get("trial") == str(number)]
+    return found
+
+
+def snapshot(study: FakeStudy) -> dict[str, Any]:
+    """Everything that the store holds of the study, artifacts included."""
+    held: dict[str, Any] = {}
+    for run in runs(study):
+        history = {
+            key: [
+                (point.step, point.timestamp, point.value)
+                for point in opened(study).get_metric_history(run.info.run_id, key)
+            ]
+            for key in run.data.metrics
+        }
+        held[run.info.run_id] = (run.data.params, run.data.tags, history, run.info.status, run.info.end_time)
+    files = sorted(str(path) for path in (study.output / "mlartifacts").rglob("*"))
+    return {"runs": held, "files": files}
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated data base, made once: the migrations take longer than all tests that use it."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def study(tmp_path: Path, empty_store: Path) -> FakeStudy:
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    return FakeStudy(tmp_path)
+
+
+def test_a_finished_trial_is_all_there(study: FakeStudy) -> None:
+    run = study.start()
+    study.train(run, 10)
+    study.train(run, 20)
+    study.complete(run, 0.3)
+    MlflowTracker().mirror(study.view, study.trials)
+    found = child(study)
+    assert found.info.status == "FINISHED"
+    assert found.data.params["train.optimizer.lr"] == "0.1"
+    assert found.data.params["train.kind"] == "sdxl_lora"
+    assert found.data.metrics["clip_t/clip-0123456789ab"] == 0.3
+    assert found.data.metrics["clip_t/clip-0123456789ab_se"] == 0.01
+    assert found.data.metrics["objective"] == 0.3
+    assert found.data.metrics["seconds/train"] == 12.0
+    tags = found.data.tags
+    assert (tags["state"], tags["study"], tags["trial"]) == ("COMPLETE", "zog", "0")
+    assert tags["mlflow.source.git.commit"] == "c0ffee"
+    assert tags["commit"] == "c0ffee+changes"
+    assert tags["torch"] == "2.15.0"
+    assert len(tags["config_sha256"]) == 64
+    history = opened(study).get_metric_history(found.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(10, 0.1), (20, 0.05)]
+    names = {file.path for file in opened(study).list_artifacts(found.info.run_id)}
+    assert names == {"trial.yaml", "records.jsonl", "adapter", "images"}
+
+
+def test_children_stand_under_the_study_s_run(study: FakeStudy) -> None:
+    study.complete(study.start())
+    study.start()
+    MlflowTracker().mirror(study.view, study.trials)
+    (parent,) = [run for run in runs(study) if "trial" not in run.data.tags]
+    assert parent.info.run_name == "zog"
+    assert parent.info.status == "RUNNING"
+    parents = {
+        run.data.tags["mlflow.parentRunId"] for run in runs(study) if run is not parent and "trial" in run.data.tags
+    }
+    assert parents == {parent.info.run_id}
+    assert [file.path for file in opened(study).list_artifacts(parent.info.run_id)] == ["study.yaml"]
+    assert len(runs(study)) == 3
+
+
+def test_a_study_s_run_ends_with_its_trials_and_wakes_with_a_new_one(study: FakeStudy) -> None:
+    tracker = MlflowTracker()
+    study.complete(study.start())
+    tracker.mirror(study.view, study.trials)
+    assert {run.info.status for run in runs(study)} == {"FINISHED"}
+    study.start()
+    tracker.mirror(study.view, study.trials)
+    assert [run.info.status for run in runs(study) if "trial" not in run.data.tags] == ["RUNNING"]
+
+
+def test_mirroring_again_changes_nothing(study: FakeStudy) -> None:
+    finished, running = study.start(), study.start()
+    study.train(finished, 10)
+    study.train(running, 10)
+    study.complete(finished)
+    tracker = MlflowTracker()
+    tracker.mirror(study.view, study.trials)
+    before = snapshot(study)
+    tracker.mirror(study.view, study.trials)
+    MlflowTracker().mirror(study.view, study.trials)
+    assert snapshot(study) == before
+
+
+def test_nothing_new_means_no_call_to_the_store(study: FakeStudy) -> None:
+    study.complete(study.start())
+    study.train(study.start(), 10)
+    tracker = MlflowTracker()
+    tracker.mirror(study.view, study.trials)
+    (study.output / "mlflow.db").unlink()
+    tracker.mirror(study.view, study.trials)
+    assert not (study.output / "mlflow.db").exists()
+
+
+CALLS = "create_run log_text log_batch log_artifact log_artifacts log_image set_terminated update_run".split()
+NUM_CALLS = 17
+"""What one finished trial of a new study costs."""
+
+
+def interrupt_after(patch: pytest.MonkeyPatch, call: int) -> None:
+    made = 0
+
+    def counted(whole: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal made
+            result = whole(*args, **kwargs)
+            made += 1
+            if made == call:
+                raise OSError("the power failed")
+            return result
+
+        return wrapper
+
+    for name in CALLS:
+        patch.setattr(MlflowClient, name, counted(getattr(MlflowClient, name)))
+
+
+@pytest.mark.parametrize("call", range(1, NUM_CALLS + 1))
+def test_a_mirror_cut_short_after_any_call_is_completed_by_the_next(
+    study: FakeStudy, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = study.start()
+    study.train(run, 10)
+    study.complete(run)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, call)
+        with pytest.raises(TrackerError, match="the power failed"):
+            MlflowTracker().mirror(study.view, study.trials)
+    MlflowTracker().mirror(study.view, study.trials)
+    found = child(study)
+    assert found.info.status == "FINISHED"
+    assert len(runs(study)) == 2
+    assert len(opened(study).get_metric_history(found.info.run_id, "train/loss")) == 1
+    thumbnails = [file for file in opened(study).list_artifacts(found.info.run_id, "images") if ".webp" in file.path]
+    assert len(thumbnails) == 1
+    assert found.data.tags["mlflow.loggedImages"] == "True"
+    names = {file.path for file in opened(study).list_artifacts(found.info.run_id)}
+    assert names == {"trial.yaml", "records.jsonl", "adapter", "images"}
+    assert {"clip_t/clip-0123456789ab", "objective", "train/loss"} <= found.data.metrics.keys()
+    assert found.data.params["train.kind"] == "sdxl_lora"
+    (parent,) = [run for run in runs(study) if "trial" not in run.data.tags]
+    assert parent.info.status == "FINISHED"
+    assert [file.path for file in opened(study).list_artifacts(parent.info.run_id)] == ["study.yaml"]
+
+
+def test_what_a_dead_server_missed_arrives_at_a_store_that_lives(study: FakeStudy) -> None:
+    run = study.start()
+    study.train(run, 10)
+    dead = MlflowTracker(uri="http://127.0.0.1:9")
+    with pytest.raises(TrackerError, match=r"http://127\.0\.0\.1:9: MLflow is behind"):
+        dead.mirror(study.view, study.trials)
+    study.train(run, 20)
+    MlflowTracker().mirror(study.view, study.trials)
+    assert len(opened(study).get_metric_history(child(study).info.run_id, "train/loss")) == 2
+
+
+def test_a_failure_is_not_repeated_at_once(study: FakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    study.start()
+    attempts: list[str] = []
+
+    def fail(*_: Any) -> None:
+        attempts.append("made")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Mirror, "__init__", fail)
+    monkeypatch.setattr("orchestrator.trackers.mlflow._PATIENCE", 1e9)
+    tracker = MlflowTracker()
+    for _ in range(3):
+        with pytest.raises(TrackerError, match="disk full"):
+            tracker.mirror(study.view, study.trials)
+    assert attempts == ["made"]
+
+
+def test_steps_that_a_lost_job_repeats_are_sent_once(study: FakeStudy) -> None:
+    run = study.start()
+    for step in (10, 20, 30):
+        study.train(run, step)
+    tracker = MlflowTracker()
+    tracker.mirror(study.view, study.trials)
+    for step in (20, 30, 40):
+        study.train(run, step)
+    tracker.mirror(study.view, study.trials)
+    history = opened(study).get_metric_history(child(study).info.run_id, "train/loss")
+    assert [point.step for point in history] == [10, 20, 30, 40]
+
+
+def test_a_long_history_is_sent_in_parts(study: FakeStudy) -> None:
+    run = study.start()
+    for step in range(1, 501):
+        study.train(run, step)
+    MlflowTracker().mirror(study.view, study.trials)
+    assert len(opened(study).get_metric_history(child(study).info.run_id, "train/lr")) == 500
+
+
+def test_parameters_may_be_long_many_and_of_any_script(study: FakeStudy) -> None:
+    many = {f"key{number}": number for number in range(230)}
+    study.start(prompt="ein Zög 猫 " * 2000, many=many, strange={"a key/with: signs?": [1, None]})
+    MlflowTracker().mirror(study.view, study.trials)
+    params = child(study).data.params
+    assert params["train.prompt"].startswith("ein Zög 猫 ")
+    assert params["train.prompt"].endswith("(all of it is in trial.yaml)")
+    assert len(params["train.prompt"]) == 6000
+    assert params["train.many.key229"] == "229"
+    assert params["train.strange.a key-with- signs-"] == "[1, null]"
+
+
+def test_undefined_numbers_are_kept_as_such(study: FakeStudy) -> None:
+    run = study.start()
+    study.train(run, 10, loss=float("nan"))
+    study.train(run, 20, loss=float("inf"))
+    study.complete(run, 0.5, clip_t=float("nan"))
+    MlflowTracker().mirror(study.view, study.trials)
+    metrics = child(study).data.metrics
+    assert metrics["clip_t/clip-0123456789ab"] != metrics["clip_t/clip-0123456789ab"]
+    history = opened(study).get_metric_history(child(study).info.run_id, "train/loss")
+    assert [point.step for point in history] == [10, 20]
+
+
+@pytest.mark.parametrize(("state", "status"), [("PRUNED", "KILLED"), ("FAIL", "FAILED")])
+def test_a_trial_that_did_not_finish_says_why(study: FakeStudy, state: str, status: str) -> None:
+    study.end(study.start(), state, reason="oom at step 30: 猫")
+    MlflowTracker().mirror(study.view, study.trials)
+    found = child(study)
+    assert found.info.status == status
+    assert (found.data.tags["state"], found.data.tags["reason"]) == (state, "oom at step 30: 猫")
+
+
+def test_a_trial_that_was_never_frozen_can_fail(study: FakeStudy) -> None:
+    run = study.start()
+    run.trial.unlink()
+    study.end(run, "FAIL", reason="disk")
+    MlflowTracker().mirror(study.view, study.trials)
+    assert child(study).info.status == "FAILED"
+
+
+def test_a_trial_that_waits_is_not_mirrored_yet(study: FakeStudy) -> None:
+    study.start()
+    study.trials[0] = replace(study.trials[0], state="WAITING", start=None)
+    MlflowTracker().mirror(study.view, study.trials)
+    assert opened(study).get_experiment_by_name("zog") is None
+
+
+def test_a_study_started_anew_under_the_same_name_gets_a_run_of_its_own(study: FakeStudy) -> None:
+    study.complete(study.start())
+    MlflowTracker().mirror(study.view, study.trials)
+    old = study.trials[0]
+    assert old.start is not None
+    anew = replace(old, start=old.start + timedelta(days=1), end=None, state="RUNNING")
+    MlflowTracker().mirror(study.view, [anew])
+    assert len(runs(study)) == 4
+
+
+def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(study: FakeStudy) -> None:
+    study.start()
+    MlflowTracker().mirror(study.view, study.trials)
+    client = opened(study)
+    experiment = client.get_experiment_by_name("zog")
+    assert experiment is not None
+    client.delete_experiment(experiment.experiment_id)
+    with pytest.raises(TrackerError, match="mlflow experiments restore"):
+        MlflowTracker().mirror(study.view, study.trials)
+
+
+def test_a_trial_deleted_in_the_browser_comes_back_whole(study: FakeStudy) -> None:
+    study.train(study.start(), 10)
+    tracker = MlflowTracker()
+    tracker.mirror(study.view, study.trials)
+    opened(study).delete_run(child(study).info.run_id)
+    study.train(study.trials[0].run, 20)
+    with pytest.raises(TrackerError, match="active"):
+        tracker.mirror(study.view, study.trials)
+    MlflowTracker().mirror(study.view, study.trials)
+    assert len(opened(study).get_metric_history(child(study).info.run_id, "train/loss")) == 2
+
+
+def test_artifacts_lie_beside_the_store_wherever_the_process_runs(
+    study: FakeStudy, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    study.complete(study.start())
+    MlflowTracker().mirror(study.view, study.trials)
+    assert list(elsewhere.iterdir()) == []
+    assert len(list((study.output / "mlartifacts" / "zog").rglob("trial.yaml"))) == 1
+
+
+def test_scores_are_named_after_the_model_that_made_them() -> None:
+    score = Score(mean=0.2, standard_error=0.1, num_samples=3, num_undefined=1, model="ViT-L/14@abc")
+    result = RunResult(scores={"clip_t": score}, seconds={}, peak_bytes=7, versions={})
+    assert scores(result) == {
+        "clip_t/ViT-L-14-abc": 0.2,
+        "clip_t/ViT-L-14-abc_se": 0.1,
+        "clip_t/ViT-L-14-abc_undefined": 1.0,
+        "peak_bytes": 7.0,
+    }
+
+
+def test_several_objectives_are_numbered() -> None:
+    assert objectives([1.0, 2.0]) == {"objective_0": 1.0, "objective_1": 2.0}
+    assert objectives([1.0]) == {"objective": 1.0}
+    assert objectives(None) == {}
+
+
+def test_a_config_is_flattened_to_dotted_paths() -> None:
+    assert flatten({"a": {"b": {"c": True}, "d": [0.1, "x"]}, "e": None, "f": "ü"}) == {
+        "a.b.c": "true", "a.d": '[0.1, "x"]', "e": "null", "f": "ü",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("sqlite:///mlflow.db", "absolute path"),
+        ("postgresql://host/db", "expected sqlite"),
+        ("http://me:secret@host", "MLFLOW_TRACKING_PASSWORD"),
+    ],
+)
+def test_a_store_s_address_is_checked_when_the_study_is_read(uri: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        MlflowTracker(uri=uri)
+
+
+@pytest.mark.slow
+def test_two_studies_may_open_a_new_store_at_the_same_time(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tests.orchestrator.views import FakeStudy;"
+        "from orchestrator.trackers.mlflow import MlflowTracker;"
+        "study = FakeStudy(Path(sys.argv[1]), sys.argv[2]); study.start();"
+        "MlflowTracker().mirror(study.view, study.trials)"
+    )
+    root = Path(__file__).parents[2]
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), name], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+        )
+        for name in ("one", "two")
+    ]
+    assert [job.wait(120) for job in jobs] == [0, 0]
+    assert sorted(e.name for e in MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_experiments()) == [
+        "Default", "one", "two",
+    ]  # fmt: skip
