@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -32,7 +32,7 @@ class NoiseProcess:
     """What the network predicts: the noise, or the velocity (Salimans & Ho, 2022, arXiv:2202.00512)."""
 
     @classmethod
-    def from_scheduler_config(cls, config: Mapping[str, Any]) -> Self:
+    def from_scheduler_config(cls, config: Mapping[str, Any]) -> "NoiseProcess":
         """The process that a model was trained with, from its `scheduler_config.json`, whatever sampler that names.
 
         Raises:

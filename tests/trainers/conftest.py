@@ -1,6 +1,7 @@
 """A random SDXL folder small enough for unit tests, and pictures to train it on."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,36 @@ def build_pictures(folder: Path, count: int = 6) -> Path:
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     return build_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture
+def make_config(sdxl_folder: Path, pictures: Path) -> Callable[..., Any]:
+    """A short trial of the tiny model; keywords replace top-level keys."""
+
+    def make(**changes: Any) -> Any:
+        import trainers.methods  # noqa: F401, registers the kinds
+        from trainers.method import MethodConfig
+
+        tree = {
+            "kind": "sdxl_lora",
+            "backbone": {"kind": "sdxl", "path": str(sdxl_folder)},
+            "data": {"kind": "folder", "path": str(pictures), "resolution": 64},
+            "lora": {"rank": 4},
+            "optimizer": {"kind": "adamw", "lr": 1e-2},
+            "steps": 6,
+            "batch_size": 4,
+            "checkpoint_every": 2,
+            "log_every": 2,
+        }
+        return MethodConfig.model_validate({**tree, **changes})
+
+    return make
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Any]:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -88,8 +88,14 @@ def save_lora(folder: Path, networks: Mapping[str, nn.Module]) -> None:
     for name, network in networks.items():
         layers = peft.get_peft_model_state_dict(network, save_embedding_layers=False)
         arguments[f"{name}_lora_layers"] = state_dict_utils.convert_state_dict_to_diffusers(layers)
-        arguments[f"{name}_lora_adapter_metadata"] = cast("Any", network).peft_config["default"].to_dict()
+        arguments[f"{name}_lora_adapter_metadata"] = _describe(network)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = f".{_FILE}.tmp.safetensors"
     pipeline.save_lora_weights(folder, weight_name=temporary, **arguments)
     (folder / temporary).replace(folder / _FILE)
+
+
+def _describe(network: nn.Module) -> dict[str, Any]:
+    """PEFT's configuration of the network's adapter, without this machine's paths and in an order that never changes."""
+    config = cast("Any", network).peft_config["default"].to_dict()
+    return {**config, "base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}

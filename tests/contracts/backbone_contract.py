@@ -1,0 +1,71 @@
+"""What every backbone must do; each kind's own test inherits this."""
+
+import pytest
+import torch
+
+from trainers.backbone import Condition
+from trainers.batch import Geometry
+
+
+class BackboneContract:
+    """Subclasses provide the fixture `backbone`: a tiny one for 64-px pictures, in float32 on the CPU."""
+
+    @pytest.fixture
+    def backbone(self):
+        raise NotImplementedError
+
+    def condition(self, backbone, prompts):
+        return backbone.condition(backbone.encode_prompts(prompts), [Geometry.whole(64, 64)] * len(prompts))
+
+    def test_everything_is_frozen_and_in_evaluation_mode(self, backbone):
+        for network in (backbone.denoiser, backbone.vae, *backbone.text_encoders):
+            assert not network.training
+            assert not any(parameter.requires_grad for parameter in network.parameters())
+
+    def test_latents_have_the_announced_shape(self, backbone):
+        moments = backbone.encode_image(torch.zeros(1, 3, 64, 64))
+        assert moments.mean.shape == moments.logvar.shape == (1, *backbone.latent_shape(64, 64))
+
+    def test_a_decoded_picture_has_its_size_back(self, backbone):
+        latents = torch.zeros(2, *backbone.latent_shape(64, 64))
+        assert backbone.decode(latents).shape == (2, 3, 64, 64)
+
+    def test_sampled_latents_have_the_moments_mean_and_deviation(self, backbone):
+        moments = backbone.encode_image(torch.rand(1, 3, 64, 64) * 2 - 1)
+        zero, one = torch.zeros_like(moments.mean), torch.ones_like(moments.mean)
+        mean = backbone.sample_latents(moments, zero)
+        unit = backbone.sample_latents(type(moments)(moments.mean + 1, moments.logvar), zero) - mean
+        deviation = backbone.sample_latents(moments, one) - mean
+        torch.testing.assert_close(deviation, unit * (0.5 * moments.logvar).exp())
+
+    def test_a_prompts_embedding_does_not_depend_on_its_neighbours(self, backbone):
+        alone = backbone.encode_prompts(["b"])
+        among = backbone.encode_prompts(["a", "b", "a long prompt"]).select([1])
+        assert torch.equal(alone.hidden, among.hidden)
+        assert torch.equal(alone.pooled, among.pooled)
+
+    def test_embedding_together_gives_the_same_within_summation(self, backbone):
+        prompts = ["a", None, "a long prompt"]
+        apart, together = backbone.encode_prompts(prompts), backbone.encode_prompts(prompts, together=True)
+        torch.testing.assert_close(apart.hidden, together.hidden)
+        torch.testing.assert_close(apart.pooled, together.pooled)
+
+    def test_rows_of_a_condition_can_be_taken_apart_and_joined(self, backbone):
+        whole = self.condition(backbone, ["a", "b"])
+        back = Condition.cat([whole.select([1]), whole.select([0])])
+        assert torch.equal(back.hidden, whole.hidden.flip(0))
+        assert torch.equal(back.pooled, whole.pooled.flip(0))
+        assert torch.equal(back.time_ids, whole.time_ids.flip(0))
+
+    def test_denoising_a_batch_equals_denoising_its_rows(self, backbone):
+        x_t, t = torch.randn(2, *backbone.latent_shape(64, 64)), torch.tensor([3, 900])
+        condition = self.condition(backbone, ["a", "b"])
+        batch = backbone.denoise(x_t, t, condition)
+        rows = [backbone.denoise(x_t[i : i + 1], t[i : i + 1], condition.select([i])) for i in range(2)]
+        torch.testing.assert_close(batch, torch.cat(rows), atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
+    def test_every_sampler_keeps_the_models_own_noise_schedule(self, backbone, name):
+        scheduler = backbone.sampling_scheduler(name)
+        torch.testing.assert_close(scheduler.alphas_cumprod, backbone.process.alphas_cumprod)
+        assert scheduler.config.prediction_type == backbone.process.prediction

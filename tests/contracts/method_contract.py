@@ -1,0 +1,127 @@
+"""What every training method must do; each kind's own test inherits this."""
+
+import pytest
+import torch
+
+from trainers.batch import Batch
+from trainers.loop import fit
+from trainers.rundir import RunDir
+
+
+class Interrupted(Exception):
+    pass
+
+
+def weights(method):
+    return {
+        f"{name}.{key}": value.detach().clone()
+        for name, trained in method.trained().items()
+        for key, value in trained.parameters().items()
+    }
+
+
+def interrupt(method, step):
+    """Raise from the first loss of optimizer step `step`."""
+    losses = method.losses
+
+    def raising(batch):
+        if batch.step == step:
+            raise Interrupted
+        return losses(batch)
+
+    method.losses = raising
+
+
+class MethodContract:
+    """Subclasses provide the fixture `config`: six optimizer steps, a checkpoint every two, batches of four."""
+
+    @pytest.fixture
+    def config(self):
+        raise NotImplementedError
+
+    @pytest.fixture
+    def method(self, config, accelerator):
+        return config.build(0, None, accelerator)
+
+    def test_every_trainable_weight_gets_a_gradient_and_no_frozen_one(self, method, config, accelerator, tmp_path):
+        fit(method, config.model_copy(update={"steps": 1}), RunDir(tmp_path / "run"), accelerator)
+        method.losses(Batch(0, (0, 1, 2, 3), (0, 1, 2, 3))).sum().backward()
+        trainable = {id(p) for trained in method.trained().values() for p in trained.parameters().values()}
+        backbone = method.backbone
+        for network in (backbone.denoiser, backbone.vae, *backbone.text_encoders):
+            for name, parameter in network.named_parameters():
+                if id(parameter) in trainable:
+                    assert parameter.grad is not None, name
+                    assert parameter.grad.abs().sum() > 0, name
+                else:
+                    assert parameter.grad is None, name
+
+    def test_what_is_trained_is_what_is_optimised_and_saved(self, method, config, accelerator, tmp_path):
+        before = weights(method)
+        run = RunDir(tmp_path / "run")
+        fit(method, config, run, accelerator)
+        state = load_state(run)
+        assert state["parameters"].keys() == before.keys()
+        optimised = sum(len(group["params"]) for group in state["optimizer"]["param_groups"])
+        assert optimised == len(state["optimizer"]["state"]) == len(before)
+        for name, value in weights(method).items():
+            assert torch.equal(state["parameters"][name], value), name
+            assert not torch.equal(value, before[name]), name
+
+    def test_trainable_weights_are_float32(self, method):
+        assert {value.dtype for value in weights(method).values()} == {torch.float32}
+
+    def test_losses_are_a_function_of_seed_step_and_place(self, method):
+        whole = method.losses(Batch(3, (0, 1, 2, 3), (1, 0, 2, 3))).detach()
+        assert torch.equal(whole, method.losses(Batch(3, (0, 1, 2, 3), (1, 0, 2, 3))).detach())
+        part = method.losses(Batch(3, (2, 3), (2, 3))).detach()
+        torch.testing.assert_close(part, whole[2:])
+        assert not torch.allclose(whole, method.losses(Batch(4, (0, 1, 2, 3), (1, 0, 2, 3))).detach())
+
+    def test_initial_weights_are_a_function_of_the_seed(self, config, accelerator):
+        first, again, other = (weights(config.build(seed, None, accelerator)) for seed in (0, 0, 1))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert any(not torch.equal(first[name], other[name]) for name in first)
+
+    @pytest.mark.parametrize("step", [1, 2, 5])
+    def test_interrupted_and_resumed_equals_uninterrupted(self, config, accelerator, tmp_path, step):
+        whole, run = config.build(0, None, accelerator), RunDir(tmp_path / "whole")
+        fit(whole, config, run, accelerator)
+        broken, halves = config.build(0, None, accelerator), RunDir(tmp_path / "halves")
+        interrupt(broken, step)
+        with pytest.raises(Interrupted):
+            fit(broken, config, halves, accelerator)
+        resumed = config.build(0, None, accelerator)
+        fit(resumed, config, halves, accelerator)
+        expected = weights(whole)
+        assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
+        assert losses(halves) == losses(run)
+
+    def test_micro_batches_do_not_change_the_mathematics(self, config, accelerator, tmp_path):
+        results = []
+        for size in (None, 1, 3):
+            changed = config.model_copy(update={"micro_batch_size": size})
+            method = changed.build(0, None, accelerator)
+            fit(method, changed, RunDir(tmp_path / str(size)), accelerator)
+            results.append(weights(method))
+        for other in results[1:]:
+            for name, value in other.items():
+                torch.testing.assert_close(value, results[0][name], atol=1e-4, rtol=1e-3)
+
+    def test_export_writes_no_frozen_weight(self, method, tmp_path):
+        from safetensors.torch import load_file
+
+        method.export(tmp_path / "adapter")
+        exported = [t for file in (tmp_path / "adapter").iterdir() for t in load_file(file).values()]
+        assert sorted(t.shape for t in exported) == sorted(t.shape for t in weights(method).values())
+
+
+def load_state(run):
+    from trainers.checkpoint import load_checkpoint
+
+    return load_checkpoint(run.checkpoints)
+
+
+def losses(run):
+    """The last logged loss of every step: an interrupted run logs some steps twice."""
+    return {event["step"]: event["loss"] for _, event in run.read_events() if event["event"] == "train"}

@@ -1,0 +1,18 @@
+from pathlib import Path
+
+import pytest
+
+import trainers.methods  # noqa: F401, registers the kinds
+from trainers.backbone import BackboneConfig
+from trainers.method import MethodConfig
+
+TESTS = Path(__file__).parents[1] / "trainers"
+
+
+@pytest.mark.parametrize(
+    ("folder", "contract", "kinds"),
+    [("methods", "MethodContract", MethodConfig.kinds()), ("backbones", "BackboneContract", BackboneConfig.kinds())],
+)
+def test_every_kind_inherits_its_contract(folder, contract, kinds):
+    for kind in kinds:
+        assert f"({contract})" in (TESTS / folder / f"test_{kind}.py").read_text(encoding="utf-8"), kind
