@@ -141,7 +141,7 @@ def _control(spec: StudySpec, study: optuna.Study) -> None:
     from trainers.rundir import write_atomically
 
     write_atomically(spec.root / STUDY_FILE, study_view(spec, study).study_yaml)
-    with Display() as display:
+    with Display(err) as display:
         Controller(spec, study, [display.update]).run()
 
 

@@ -105,7 +105,7 @@ class Mirror:
             self._parent.ended = ended
 
     def _update_trial(self, child: _Child, trial: TrialView) -> None:
-        if "config_sha256" not in child.tags and trial.run.trial.exists():
+        if "trial_sha256" not in child.tags and trial.run.trial.exists():
             self._send_config(child, trial.run)
         self._send_events(child, trial.run)
         if trial.state in _STATUS:
@@ -120,7 +120,7 @@ class Mirror:
         config = thaw(run.trial)
         self._client.log_artifact(child.run_id, str(run.trial))
         digest = run.trial.read_text(encoding="utf-8").partition("\n")[0].removeprefix("sha256: ")
-        self._send(child, params=flatten(config), tags={"config_sha256": digest})
+        self._send(child, params=flatten(config), tags={"trial_sha256": digest})
 
     def _send_events(self, child: _Child, run: RunDir) -> None:
         offset, step = child.sent
@@ -142,7 +142,7 @@ class Mirror:
             result = RunResult.model_validate_json(trial.run.result.read_text(encoding="utf-8"))
             written = int(trial.run.result.stat().st_mtime * 1000)
             metrics += [_metric(name, value, written) for name, value in scores(result).items()]
-            tags |= result.versions
+            tags |= {f"version.{package}": version for package, version in result.versions.items()}
             self._send_files(child, trial.run, written)
         for name, value in objectives(trial.values).items():
             metrics.append(_metric(name, value, _milliseconds(trial.end or trial.start)))
@@ -169,7 +169,7 @@ class Mirror:
     def _find_parent(self, trials: Sequence[TrialView]) -> _Child:
         first = min(trials, key=lambda trial: trial.number).start
         assert first is not None
-        started = first.isoformat()
+        started = first.replace(tzinfo=None).isoformat()  # as Optuna stores it: the same in every time zone
         found = self._search(f"tags.study = '{self._study.name}' and tags.started = '{started}'")
         if found:
             parent = _child(found[0])
@@ -194,7 +194,7 @@ class Mirror:
         return _child(self._client.create_run(self._experiment, start, tags, name))
 
     def _tags(self) -> dict[str, str]:
-        commit = self._study.tags.get("commit", "").partition("+")[0]
+        commit = self._study.tags.get("version.commit", "").partition("+")[0]
         return {**self._study.tags, **({"mlflow.source.git.commit": commit} if commit else {})}
 
     def _send(

@@ -81,9 +81,10 @@ def test_a_finished_trial_is_all_there(study: FakeStudy) -> None:
     tags = found.data.tags
     assert (tags["state"], tags["study"], tags["trial"]) == ("COMPLETE", "zog", "0")
     assert tags["mlflow.source.git.commit"] == "c0ffee"
-    assert tags["commit"] == "c0ffee+changes"
-    assert tags["torch"] == "2.15.0"
-    assert len(tags["config_sha256"]) == 64
+    assert tags["version.commit"] == "c0ffee+changes"
+    assert tags["version.torch"] == "2.15.0"
+    assert tags["config_sha256"] == "c0de"
+    assert len(tags["trial_sha256"]) == 64
     history = opened(study).get_metric_history(found.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(10, 0.1), (20, 0.05)]
     names = {file.path for file in opened(study).list_artifacts(found.info.run_id)}

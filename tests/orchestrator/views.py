@@ -29,7 +29,7 @@ class FakeStudy:
             name=self.name,
             root=self.output / self.name,
             study_yaml=f"name: {self.name}\n",
-            tags={"commit": "c0ffee+changes", "torch": "2.15.0"},
+            tags={"version.commit": "c0ffee+changes", "version.torch": "2.15.0", "config_sha256": "c0de"},
             num_trials=self.num_trials,
             directions=("maximize",),
         )
