@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from evaluation.metric import Sample
-from trainers.backbone import TextEmbeddings
 from trainers.batch import Geometry
 from trainers.errors import NonFiniteError
 
@@ -44,7 +43,7 @@ def generate(backbone: Backbone, requests: Sequence[Request], config: SamplingCo
 
     Args:
         backbone: With whatever adapters are active.
-        requests: At least one; a rank passes its own share.
+        requests: A rank passes its own share, which may be empty.
         config: Resolution, steps, scheduler, guidance.
 
     Raises:
@@ -64,10 +63,8 @@ class _Sampler:
         self._backbone = backbone
         self._config = config
         self._terms = [term for term in config.guidance.terms() if term.weight != 0]
-        self._rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-        with torch.no_grad():
-            self._prompts = backbone.encode_prompts(list(self._rows))
-            self._null = _encode_null(backbone, config.negative_prompt)
+        self._rows = {prompt: row for row, prompt in enumerate(dict.fromkeys([config.negative_prompt, *prompts]))}
+        self._texts = backbone.encode_prompts(list(self._rows))
 
     @torch.no_grad()
     def draw(self, batch: Sequence[Request]) -> Float[Tensor, "b 3 h w"]:
@@ -75,7 +72,6 @@ class _Sampler:
         backbone, config = self._backbone, self._config
         scheduler = backbone.sampling_scheduler(config.scheduler)
         scheduler.set_timesteps(config.steps, device=backbone.device)
-        scheduler.set_begin_index(0)  # spares a search, and on an accelerator a wait, at every step
         condition = self._condition(batch)
         latents = self._initial_latents(batch) * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
@@ -86,20 +82,18 @@ class _Sampler:
         return backbone.decode(latents)
 
     def _condition(self, batch: Sequence[Request]) -> Condition:
-        prompts = self._prompts.select([self._rows[request.prompt] for request in batch])
-        texts = {"prompt": prompts, "null": self._null.select([0] * len(batch))}
+        told = {
+            "prompt": [self._rows[request.prompt] for request in batch],
+            "null": [self._rows[self._config.negative_prompt]] * len(batch),
+        }
+        texts = self._texts.select([row for term in self._terms for row in told[term.condition]])
         geometry = Geometry.whole(self._config.resolution, self._config.resolution)
-        rows = TextEmbeddings.cat([texts[term.condition] for term in self._terms])
-        return self._backbone.condition(rows, [geometry] * len(batch) * len(self._terms))
+        return self._backbone.condition(texts, [geometry] * len(batch) * len(self._terms))
 
     def _initial_latents(self, batch: Sequence[Request]) -> Float[Tensor, "b c h w"]:
         shape = self._backbone.latent_shape(self._config.resolution, self._config.resolution)
         draws = [torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)) for request in batch]
         return torch.stack(draws).to(self._backbone.device)
-
-
-def _encode_null(backbone: Backbone, negative_prompt: str | None) -> TextEmbeddings:
-    return backbone.encode_null() if negative_prompt is None else backbone.encode_prompts([negative_prompt])
 
 
 def _to_image(pixels: Float[Tensor, "3 h w"], request: Request) -> Image.Image:

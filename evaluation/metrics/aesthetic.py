@@ -19,6 +19,17 @@ from trainers.errors import ModelError
 _LINEAR_LAYOUT = (0, 2, 4, 6, 7)
 _RELU_LAYOUT = (0, 3, 6, 9, 11)
 _SUFFIXES = (".pth", ".safetensors")
+# What torch and safetensors raise for a file of something else, depending on where reading fails.
+_UNREADABLE = (
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 
 
 class Aesthetic(Metric):
@@ -137,7 +148,7 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         return {name: tensor.float().numpy() for name, tensor in state.items()}
     except FileNotFoundError as error:
         raise ModelError(f"{path}: no such file; expected the weights of an aesthetic head") from error
-    except (OSError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise ModelError(f"{path}: cannot be read as weights ({error}); download the file again") from error
 
 
