@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainers.backbone import Backbone, BackboneConfig, Moments, TextEmbeddings
-from trainers.batch import DataConfig, Example, Geometry
+from trainers.batch import DataConfig, Geometry, Split
 from trainers.cache import Cache, Tensors, digest
 from trainers.errors import DataError
 
@@ -55,13 +55,12 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Images:
-    """All training pictures as the denoiser needs them, in host memory; row i is `examples[i]`."""
+    """All training pictures as the denoiser needs them, in host memory; row i is `split.train[i]`."""
 
-    examples: tuple[Example, ...]
+    split: Split
+    """What was asked for, less the pictures that cannot be decoded."""
     moments: Moments
     geometries: tuple[Geometry, ...]
-    unreadable: tuple[Path, ...]
-    """Pictures that were left out."""
 
     def select(self, indices: Sequence[int], device: torch.device) -> Moments:
         """Moments of the given rows, on `device`."""
@@ -72,13 +71,14 @@ class Images:
         )
 
 
-def encode_images(frozen: Frozen, data: DataConfig, examples: Sequence[Example]) -> Images:
-    """Encode every example, one at a time, so that a row depends on its own bytes alone.
+def encode_images(frozen: Frozen, data: DataConfig) -> Images:
+    """Encode every training picture, one at a time, so that a row depends on its own bytes alone.
 
     Raises:
         DataError: No picture can be decoded, or one cannot and the data is `strict`.
     """
-    backbone = frozen.backbone
+    backbone, split = frozen.backbone, data.split()
+    examples = split.train
     dtype = next(backbone.vae.parameters()).dtype
     network = frozen.describe(frozen.config.image_files(), dtype)
 
@@ -96,15 +96,14 @@ def encode_images(frozen: Frozen, data: DataConfig, examples: Sequence[Example])
     rows = frozen.share(lambda i: digest("image", examples[i].key, data.transform, network), make, len(examples))
     kept = [(example, row) for example, row in zip(examples, rows, strict=True) if row is not None]
     unreadable = tuple(example.path for example, row in zip(examples, rows, strict=True) if row is None)
-    for path in unreadable:
-        log.warning("%s cannot be decoded and is left out of training", path)
+    for path in (*split.unreadable, *unreadable):
+        log.warning("%s cannot be decoded and is left out", path)
     if not kept:
         raise DataError(f"none of the {len(examples)} training pictures can be decoded; first: {examples[0].path}")
     return Images(
-        tuple(example for example, _ in kept),
+        Split(tuple(example for example, _ in kept), split.held_out, (*split.unreadable, *unreadable)),
         Moments(torch.cat([row["mean"] for _, row in kept]), torch.cat([row["logvar"] for _, row in kept])),
         tuple(_geometry(row["geometry"]) for _, row in kept),
-        unreadable,
     )
 
 

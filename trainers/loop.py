@@ -48,6 +48,8 @@ def fit(method: Method, config: MethodConfig, run: RunDir, accelerator: Accelera
                 training.report(step)
             if step % config.checkpoint_every == 0 or step == config.steps:
                 training.save(step)
+    # Gradients and the optimizer's moments make room for sampling.
+    accelerator.free_memory()
 
 
 def order(seed: int, count: int, position: int) -> int:
@@ -97,7 +99,8 @@ class _Training:
         """Sum of this process's part of the losses since the last report."""
         self.counted = 0
         """Steps in `loss`."""
-        self.norm = math.nan
+        self.norm = 0.0
+        """Of the last step's gradients, before they were scaled down."""
         self.clock, self.timed = time.monotonic(), 0
 
     def take(self, step: int) -> None:
@@ -109,9 +112,10 @@ class _Training:
             with nullcontext() if last else self.accelerator.no_sync(self.module):
                 self._backward(step, places)
         norm: Any = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
-        self.norm = float(norm)
-        if not math.isfinite(self.norm):
-            self._refuse(step)
+        if math.isfinite(norm := float(norm)):
+            self.norm = norm
+        else:
+            self._refuse(step, norm)
         self.stepper.step()
         self.optimizer.zero_grad()
         self.counted += 1
@@ -127,14 +131,14 @@ class _Training:
         # Data parallelism averages over processes; a batch's loss is the sum of their parts.
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def _refuse(self, step: int) -> None:
+    def _refuse(self, step: int, norm: float) -> None:
         """Stop at gradients that are not finite, unless float16 overflowed, which its scaler skips and mends."""
         scaler = cast("Any", self.accelerator.scaler)
         if scaler is not None and torch.isfinite(self.loss) and scaler.get_scale() > 1:
             log.warning("step %d: float16 gradients overflow; the step is skipped and the loss scale lowered", step)
             return
         raise NonFiniteError(
-            f"step {step}: gradient norm is {self.norm} and the loss {float(self.loss)}; the learning rate "
+            f"step {step}: gradient norm is {norm} and the loss {float(self.loss)}; the learning rate "
             f"({self.config.optimizer.lr:g}) is probably too high"
         )
 

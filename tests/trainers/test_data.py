@@ -119,6 +119,13 @@ def test_a_truncated_jpeg_is_a_data_error(tmp_path):
         open_picture(tmp_path / "a.jpg")
 
 
+def test_a_file_that_cannot_be_read_is_a_data_error(pictures):
+    (pictures / "7.png").symlink_to(pictures / "gone.png")
+    (pictures / "7.txt").write_text("a zog")
+    with pytest.raises(DataError, match=r"7\.png: cannot be read"):
+        folder(pictures).split()
+
+
 def test_text_named_as_a_picture_is_a_data_error(tmp_path):
     (tmp_path / "a.png").write_text("not a picture")
     with pytest.raises(DataError, match="cannot be decoded"):

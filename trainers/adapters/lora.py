@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from trainers.config import Config
+from trainers.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -95,7 +96,33 @@ def save_lora(folder: Path, networks: Mapping[str, nn.Module]) -> None:
     (folder / temporary).replace(folder / _FILE)
 
 
+def load_lora(folder: Path, networks: Mapping[str, nn.Module]) -> None:
+    """Add the adapter in `folder`, frozen and active, to the networks it was trained for.
+
+    Args:
+        folder: What `save_lora` wrote, or any file of that name that diffusers loads.
+        networks: `unet` and the text encoders, by pipeline component.
+
+    Raises:
+        ModelError: There is no adapter file.
+    """
+    import diffusers
+
+    if not (folder / _FILE).is_file():
+        raise ModelError(f"{folder}: no {_FILE}; expected the adapter of a finished trial")
+    pipeline: Any = diffusers.StableDiffusionXLPipeline  # pyright: ignore[reportPrivateImportUsage]
+    unet = cast("Any", networks["unet"])
+    state, alphas, metadata = pipeline.lora_state_dict(folder, unet_config=unet.config, return_lora_metadata=True)
+    shared = {"network_alphas": alphas, "adapter_name": "default", "metadata": metadata}
+    pipeline.load_lora_into_unet(state, unet=unet, **shared)
+    for name, network in networks.items():
+        if any(key.startswith(f"{name}.") for key in state) and name != "unet":
+            pipeline.load_lora_into_text_encoder(state, text_encoder=network, prefix=name, **shared)
+    for network in networks.values():
+        network.requires_grad_(requires_grad=False).eval()
+
+
 def _describe(network: nn.Module) -> dict[str, Any]:
-    """PEFT's configuration of the network's adapter, without this machine's paths and in an order that never changes."""
+    """PEFT's configuration of the network's adapter, without this machine's paths and always in one order."""
     config = cast("Any", network).peft_config["default"].to_dict()
     return {**config, "base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}

@@ -58,21 +58,15 @@ class SdxlLoraConfig(MethodConfig):
 
     @override
     def build(self, seed: int, cache: Path | None, accelerator: Accelerator) -> Method:
-        import torch
-
         from trainers.cache import Cache
         from trainers.frozen import Frozen, encode_images, encode_texts
 
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        backbone = self.backbone.load(accelerator.device, dtypes[self.precision])
+        backbone = self.backbone.load(accelerator.device, self.frozen_dtype())
         frozen = Frozen(self.backbone, backbone, Cache(cache) if cache else None, accelerator)
-        split = self.data.split()
-        images = encode_images(frozen, self.data, split.train)
-        captions = [example.prompt for example in images.examples]
+        images = encode_images(frozen, self.data)
+        captions = [example.prompt for example in images.split.train]
         texts = None if self.text_encoder_lora else encode_texts(frozen, [None, *captions])
-        method = SdxlLora(self, seed, backbone, images, texts)
-        method.held_out, method.unreadable = split.held_out, (*split.unreadable, *images.unreadable)
-        return method
+        return SdxlLora(self, seed, backbone, images, texts)
 
 
 class SdxlLora(Method):
@@ -82,7 +76,8 @@ class SdxlLora(Method):
         self, config: SdxlLoraConfig, seed: int, backbone: Backbone, images: Images, texts: Texts | None
     ) -> None:
         self.config, self.seed, self.backbone = config, seed, backbone
-        self.examples = images.examples
+        self.examples, self.held_out = images.split.train, images.split.held_out
+        self.unreadable = images.split.unreadable
         self._images, self._texts = images, texts
         add_lora(backbone.denoiser, config.lora, UNET_TARGETS, _init_seed(seed, 0))
         self._trained = {"unet": Trained(backbone.denoiser)}

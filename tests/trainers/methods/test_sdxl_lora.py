@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 
-from tests.contracts.method_contract import MethodContract, weights
+from tests.contracts.method import MethodContract, weights
 from trainers.batch import Batch, Geometry
 from trainers.errors import DataError
 from trainers.loop import fit
@@ -154,7 +154,8 @@ def test_captions_are_dropped_at_their_rate_and_at_changing_places(make_config, 
 @pytest.mark.parametrize(("rate", "expected"), [(0.0, False), (1.0, True)])
 def test_dropout_of_none_and_of_all(make_config, accelerator, rate, expected):
     method = make_config(caption_dropout=rate).build(0, None, accelerator)
-    assert {prompt is None for step in range(20) for prompt in method.prompts(Batch(step, (0, 1), (0, 1)))} == {expected}
+    prompts = {prompt is None for step in range(20) for prompt in method.prompts(Batch(step, (0, 1), (0, 1)))}
+    assert prompts == {expected}
 
 
 def test_a_dropped_caption_is_what_sampling_calls_no_prompt(make_config, accelerator):
@@ -218,7 +219,8 @@ def test_another_models_cache_is_not_used(make_config, accelerator, tmp_path, v_
     weights_of_vae = other / "vae" / "diffusion_pytorch_model.safetensors"
     from safetensors.torch import load_file, save_file
 
-    save_file({name: value * 1.5 for name, value in load_file(weights_of_vae).items()}, weights_of_vae, {"format": "pt"})
+    changed = {name: value * 1.5 for name, value in load_file(weights_of_vae).items()}
+    save_file(changed, weights_of_vae, {"format": "pt"})
     after = config.build(0, tmp_path / "cache", accelerator)
     plain = config.build(0, None, accelerator)
     with torch.no_grad():

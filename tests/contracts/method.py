@@ -8,7 +8,7 @@ from trainers.loop import fit
 from trainers.rundir import RunDir
 
 
-class Interrupted(Exception):
+class InterruptionError(Exception):
     pass
 
 
@@ -26,7 +26,7 @@ def interrupt(method, step):
 
     def raising(batch):
         if batch.step == step:
-            raise Interrupted
+            raise InterruptionError
         return losses(batch)
 
     method.losses = raising
@@ -89,7 +89,7 @@ class MethodContract:
         fit(whole, config, run, accelerator)
         broken, halves = config.build(0, None, accelerator), RunDir(tmp_path / "halves")
         interrupt(broken, step)
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptionError):
             fit(broken, config, halves, accelerator)
         resumed = config.build(0, None, accelerator)
         fit(resumed, config, halves, accelerator)
