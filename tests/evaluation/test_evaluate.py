@@ -1,0 +1,177 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluation.config import EvaluateConfig
+from evaluation.evaluate import Ranks, evaluate, name_files
+from evaluation.metrics import clip
+from evaluation.records import read_records
+from evaluation.sampling import Request
+from tests.evaluation.conftest import noise
+from tests.trainers.conftest import build_sdxl
+from trainers.backbones.sdxl import SdxlConfig
+from trainers.errors import DataError, ModelError
+from trainers.rundir import RunDir
+
+PROMPTS = ["a red star", "a ring on a blue background", "a zog"]
+SEEDS = [0, 7]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    folder = build_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+    return SdxlConfig(path=folder).load(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def config(open_clip_folder, transformers_folder, head_file):
+    return EvaluateConfig.model_validate(
+        {
+            "prompts": PROMPTS, "seeds": SEEDS, "resolution": 64, "steps": 2, "batch_size": 4,
+            "guidance": {"kind": "cfg", "scale": 3.0},
+            "metrics": {
+                "clip_t": {"kind": "clip_text", "model": str(transformers_folder)},
+                "clip_i": {"kind": "clip_image", "model": str(open_clip_folder)},
+                "aesthetic": {"kind": "aesthetic", "model": str(open_clip_folder), "head": str(head_file)},
+            },
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture
+def references(tmp_path):
+    paths = [tmp_path / f"reference{seed}.png" for seed in range(2)]
+    for seed, path in enumerate(paths):
+        noise(100 + seed).save(path)
+    return paths
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir(tmp_path / "run")
+
+
+def values_of(run):
+    return [[record.values[name] for name in ("clip_t", "clip_i", "aesthetic")] for record in read_records(run.records)]
+
+
+def test_every_picture_of_the_panel_is_kept_with_what_was_measured_on_it(backbone, config, references, run, tmp_path):
+    evaluate(backbone, config, references, run, tmp_path / "cache")
+    records = read_records(run.records)
+    assert [(record.prompt, record.seed) for record in records] == [(p, s) for p in PROMPTS for s in SEEDS]
+    for record in records:
+        assert set(record.values) == {"clip_t", "clip_i", "aesthetic"}
+        with Image.open(run.path / record.file) as picture:
+            assert (picture.size, picture.mode) == ((64, 64), "RGB")
+    files = {path.name for path in run.samples.iterdir()}
+    assert files == {"grid.png"} | {record.file.removeprefix("samples/") for record in records}
+
+
+def test_scores_are_means_over_prompts_of_what_the_records_hold(backbone, config, references, run, tmp_path):
+    scores = evaluate(backbone, config, references, run, tmp_path / "cache")
+    for place, name in enumerate(("clip_t", "clip_i", "aesthetic")):
+        by_prompt = np.array(values_of(run))[:, place].reshape(len(PROMPTS), len(SEEDS)).mean(axis=1)
+        assert scores[name].mean == pytest.approx(by_prompt.mean())
+        assert scores[name].standard_error == pytest.approx(by_prompt.std(ddof=1) / math.sqrt(len(PROMPTS)))
+        assert (scores[name].num_samples, scores[name].num_undefined) == (6, 0)
+        assert scores[name].higher_is_better
+    assert scores["clip_t"].model.startswith("tiny-clip@")
+    assert scores["aesthetic"].model.startswith(scores["clip_i"].model + "+head@")
+
+
+def test_a_value_can_be_found_again_from_the_picture_file(backbone, config, references, run, tmp_path):
+    from evaluation.encoders import ClipEncoders
+    from trainers.cache import Cache
+
+    evaluate(backbone, config, references, run, tmp_path / "cache")
+    encoder = ClipEncoders(torch.device("cpu"), Cache(tmp_path / "other")).clip(config.metrics["clip_i"].model)
+    for record in read_records(run.records):
+        with Image.open(run.path / record.file) as picture:
+            cosines = encoder.embed_images([picture.copy()]) @ encoder.embed_references(references).T
+        assert record.values["clip_i"] == pytest.approx(float(cosines.mean()), abs=1e-5)
+
+
+def test_two_ranks_measure_what_one_does(backbone, config, references, run, tmp_path):
+    alone = evaluate(backbone, config, references, RunDir(tmp_path / "alone"), tmp_path / "cache")
+    sent = []
+
+    def second(items):
+        sent.extend(items)
+        return items
+
+    evaluate(backbone, config, references, run, tmp_path / "cache", Ranks(1, 2, second))
+    assert len(sent) == 3
+    assert not run.records.exists()
+    assert not run.events.exists()
+    scores = evaluate(backbone, config, references, run, tmp_path / "cache", Ranks(0, 2, lambda items: [*items, *sent]))
+    np.testing.assert_allclose(values_of(run), values_of(RunDir(tmp_path / "alone")), atol=1e-3)
+    assert {path.name for path in run.samples.iterdir()} == {
+        path.name for path in (tmp_path / "alone/samples").iterdir()
+    }
+    for name, score in scores.items():
+        assert score.mean == pytest.approx(alone[name].mean, abs=1e-3)
+        assert score.num_samples == alone[name].num_samples
+
+
+def test_more_ranks_than_pictures_is_no_error(backbone, config, references, run, tmp_path):
+    few = config.model_copy(update={"prompts": (PROMPTS[0],), "seeds": (0,)})
+    sent = []
+    evaluate(backbone, few, references, run, tmp_path / "cache", Ranks(1, 2, lambda items: sent.append(items) or items))
+    assert sent == [[]]
+
+
+def test_what_a_crash_left_behind_changes_nothing(backbone, config, references, run, tmp_path):
+    evaluate(backbone, config, references, run, tmp_path / "cache")
+    first = run.records.read_bytes(), (run.samples / "grid.png").read_bytes()
+    run.records.unlink()
+    next(run.samples.glob("0001*")).write_bytes(b"half a pict")
+    next(run.samples.glob("0002*")).unlink()
+    evaluate(backbone, config, references, run, tmp_path / "cache")
+    assert (run.records.read_bytes(), (run.samples / "grid.png").read_bytes()) == first
+
+
+def test_stages_are_events(backbone, config, references, run, tmp_path):
+    evaluate(backbone, config, references, run, tmp_path / "cache")
+    events = [json.loads(line) for line in run.events.read_text().splitlines()]
+    assert {event["event"] for event in events} == {"stage"}
+    stages = [(event["stage"], event["state"]) for event in events]
+    assert stages == [("sample", "start"), ("sample", "end"), ("score", "start"), ("score", "end")]
+
+
+def test_undefined_values_are_counted_and_never_replaced(backbone, config, references, run, tmp_path, monkeypatch):
+    original = clip._TextScorer.values
+
+    def values(self, samples):
+        found = original(self, samples)
+        return [math.nan if sample.prompt == "a zog" else value for sample, value in zip(samples, found, strict=True)]
+
+    monkeypatch.setattr(clip._TextScorer, "values", values)
+    score = evaluate(backbone, config, references, run, tmp_path / "cache")["clip_t"]
+    assert (score.num_samples, score.num_undefined) == (4, 2)
+    assert score.mean == pytest.approx(np.nanmean(np.array(values_of(run))[:, 0]))
+
+
+def test_a_missing_scoring_model_is_known_before_anything_is_drawn(backbone, config, references, run, tmp_path):
+    metrics = {"clip_t": clip.ClipText(model=tmp_path / "nowhere")}
+    with pytest.raises(ModelError, match="nowhere"):
+        evaluate(backbone, config.model_copy(update={"metrics": metrics}), references, run, tmp_path / "cache")
+    assert not run.path.exists()
+
+
+def test_missing_references_are_known_before_anything_is_drawn(backbone, config, run, tmp_path):
+    with pytest.raises(DataError, match="held-out"):
+        evaluate(backbone, config, [], run, tmp_path / "cache")
+    assert not run.path.exists()
+
+
+def test_file_names_tell_prompt_and_seed_and_never_collide():
+    long = "A photo of ONE very long-winded prompt, which goes on & on; and on"
+    files = name_files(["a star", long, long + "!", "星"], [0, 12])
+    assert files[Request("a star", 12)] == "samples/0000_a-star_12.png"
+    assert files[Request(long, 0)] == "samples/0001_a-photo-of-one-very-long-winded-prompt-w_0.png"
+    assert files[Request("星", 0)] == "samples/0003__0.png"
+    assert len(set(files.values())) == 8
