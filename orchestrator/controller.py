@@ -168,7 +168,7 @@ class Controller:
         if math.isnan(value):
             self._fail(trial, RunError(reason="nan", message="a score of the objective is undefined for every sample"))
             return
-        self._finish(trial, self.study.tell(trial, value))
+        self.study.tell(trial, value)
 
     def _lose(self, trial: Trial, run: RunDir, job_id: JobId, why: str) -> None:
         """Submit again, unless that was done often enough; a job is lost once, however often we are killed here."""
@@ -184,7 +184,7 @@ class Controller:
         else:
             trial.set_user_attr("reason", "lost")
             trial.set_user_attr("message", f"{why}, {len(lost)} times")
-            self._finish(trial, self.study.tell(trial, state=TrialState.FAIL))
+            self.study.tell(trial, state=TrialState.FAIL)
 
     def _prune(self, trial: Trial, run: RunDir, frozen: FrozenTrial, job_id: JobId) -> None:
         known = frozen.intermediate_values
@@ -194,7 +194,7 @@ class Controller:
                 if trial.should_prune():
                     self.spec.launcher.cancel(job_id)
                     trial.set_user_attr("reason", "pruned")
-                    self._finish(trial, self.study.tell(trial, state=TrialState.PRUNED))
+                    self.study.tell(trial, state=TrialState.PRUNED)
                     return
 
     def _fail(self, trial: Trial, error: RunError) -> None:
@@ -203,20 +203,11 @@ class Controller:
         state = TrialState.PRUNED if error.reason in _LEARNABLE else TrialState.FAIL
         if state is TrialState.PRUNED:
             self._constrain(trial, error.reason)
-        self._finish(trial, self.study.tell(trial, state=state))
+        self.study.tell(trial, state=state)
 
     def _constrain(self, trial: Trial, key: str) -> None:
         if key not in self._trials()[trial.number].constraints:  # else a killed controller came this far
             trial.set_constraint(key, 1.0)
-
-    def _finish(self, trial: Trial, frozen: FrozenTrial) -> None:
-        value = f" {frozen.value:.6g}" if frozen.value is not None else ""
-        failure = (
-            f" ({trial.user_attrs['reason']}: {trial.user_attrs.get('message', '')})"
-            if "reason" in trial.user_attrs
-            else ""
-        )
-        log.info("trial %d: %s%s%s", trial.number, frozen.state.name.lower(), value, failure)
 
     def _stop_if_hopeless(self) -> None:
         """Failures of earlier runs of the study do not count: their cause may have been mended."""

@@ -128,8 +128,8 @@ class _Reader:
         return cast("Tree", tree)
 
     def value(self, text: str) -> object:
-        loader = _Loader(text)
         try:
+            loader = _Loader(text)
             node = loader.get_single_node()
             return None if node is None else self._convert(loader, node, self.below, ())
         except yaml.MarkedYAMLError as error:
@@ -137,8 +137,6 @@ class _Reader:
             raise ConfigError(f"{where}: got {error.problem or error.context}; expected valid YAML") from error
         except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"{self.name}: got {' '.join(str(error).split())}; expected valid YAML") from error
-        finally:
-            loader.dispose()
 
     def _convert(self, loader: _Loader, node: yaml.Node, where: Location, above: tuple[yaml.Node, ...]) -> Any:
         if node in above:

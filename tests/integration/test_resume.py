@@ -1,0 +1,150 @@
+"""kill -9 at random moments: real controllers, real SQLite, real jobs. The same command then finishes the study."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from orchestrator.spec import load_study
+from orchestrator.storage import read_study
+from tests.contracts.launcher import wait_for
+from tests.orchestrator.fake_worker import STEPS
+from tests.orchestrator.studies import build_world
+from trainers.rundir import RunDir, thaw
+
+ROOT = Path(__file__).parents[2]
+TRIALS = 4
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> Path:
+    path = build_world(tmp_path)
+    tree = yaml.safe_load(path.read_text())
+    tree["launcher"] = {"kind": "script", "gpus": [], "poll_seconds": 0.02}
+    tree["limits"] = {"trials": TRIALS, "parallel": 2, "max_retries": 20}
+    tree["sampler"] = {"kind": "random"}
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def start(study_file: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.integration.controller_process", str(study_file), *arguments]
+    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err.decode()
+
+
+def runs_of(study_file: Path) -> list[RunDir]:
+    return [RunDir(path) for path in sorted((study_file.parent / "runs" / "t" / "trials").glob("*"))]
+
+
+def jobs(study_file: Path) -> list[psutil.Process]:
+    """Live jobs of the study, whoever started them."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        if "tests.orchestrator.fake_worker" in command and any(str(study_file.parent) in word for word in command):
+            found.append(process)
+    return found
+
+
+def check(study_file: Path) -> None:
+    """Exactly the wanted trials, each trained once from start to end, with the parameters that were asked for."""
+    sys.modules.pop("tests.integration.controller_process", None)
+    spec, _ = load_study(study_file, ["launcher={kind: local}"])
+    trials = read_study(spec).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * TRIALS
+    for trial, run in zip(trials, runs_of(study_file), strict=True):
+        frozen = thaw(run.trial, trial.user_attrs["sha256"])
+        assert frozen["train"]["optimizer"]["lr"] == trial.params["train.optimizer.lr"] == trial.value
+        steps = [(event["step"], event["pid"]) for _, event in run.read_events()]
+        by_job = Counter(pid for _, pid in steps)
+        assert [step for step, _ in steps][-1] == STEPS
+        repeated = len(steps) - len({step for step, _ in steps})
+        assert repeated < len(by_job), "two jobs trained the same trial at once"
+    assert not jobs(study_file)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_controllers_and_jobs_killed_at_random_lose_and_repeat_nothing(study_file: Path, seed: int):
+    rng = random.Random(seed)
+    database = study_file.parent / "runs" / "t" / "study.db"
+    for _ in range(4):
+        controller = start(study_file)
+        if rng.random() < 0.8:  # mostly while it works, sometimes while it opens the study
+            wait_for(lambda controller=controller: database.exists() or controller.poll() is not None)
+        time.sleep(rng.uniform(0, 2))
+        controller.kill()
+        controller.communicate()
+        for job in jobs(study_file):
+            if rng.random() < 0.5:
+                job.kill()
+    finish(start(study_file))
+    check(study_file)
+
+
+def test_a_job_that_outlived_its_controller_is_adopted(study_file: Path):
+    behaviour = study_file.parent / "runs" / "t" / "behaviour.txt"
+    behaviour.parent.mkdir(parents=True)
+    behaviour.write_text("hang")
+    controller = start(study_file, "--set", "limits.parallel=1")
+    wait_for(lambda: jobs(study_file))
+    controller.kill()
+    controller.communicate()
+    (job,) = jobs(study_file)
+    controller = start(study_file, "--set", "limits.parallel=1")
+    time.sleep(5)  # long enough to have submitted another one
+    assert [found.pid for found in jobs(study_file)] == [job.pid]
+    behaviour.unlink()
+    job.kill()
+    finish(controller)
+    check(study_file)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_controller_leaves_no_job_and_goes_on_later(study_file: Path, sign: signal.Signals):
+    behaviour = study_file.parent / "runs" / "t" / "behaviour.txt"
+    behaviour.parent.mkdir(parents=True)
+    behaviour.write_text("hang")
+    controller = start(study_file)
+    wait_for(lambda: len(jobs(study_file)) == 2)
+    controller.send_signal(sign)
+    _, err = controller.communicate(timeout=120)
+    assert controller.returncode == 130, err.decode()
+    assert b"the same command goes on from here" in err
+    assert not jobs(study_file)
+    behaviour.unlink()
+    finish(start(study_file, "--set", "limits.max_retries=0"))
+    check(study_file)
+
+
+def test_a_second_controller_is_refused_while_the_first_works(study_file: Path):
+    behaviour = study_file.parent / "runs" / "t" / "behaviour.txt"
+    behaviour.parent.mkdir(parents=True)
+    behaviour.write_text("hang")
+    first = start(study_file)
+    wait_for(lambda: jobs(study_file))
+    second = start(study_file)
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == 2
+    assert f"process {first.pid} on" in err.decode().replace("\n", " ")
+    first.terminate()
+    first.communicate(timeout=120)
+    assert not jobs(study_file)

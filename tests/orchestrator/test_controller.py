@@ -1,0 +1,343 @@
+"""The reconcile loop against a cluster that kills controllers and loses jobs."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from orchestrator.controller import Controller, StudyStoppedError
+from orchestrator.drawing import DrawingSampler
+from orchestrator.launcher import Job, JobId, JobState, Launcher
+from orchestrator.search import Pruner
+from orchestrator.spec import StudySpec
+from orchestrator.tracker import Tracker
+from tests.orchestrator.studies import load, score
+from trainers.errors import TrackerError
+from trainers.rundir import RunDir, RunError, thaw
+
+Behaviour = Callable[[RunDir], object]
+
+
+class Crash(BaseException):
+    """The controller is killed."""
+
+
+class Cluster:
+    """Survives controllers. Each job works over three polls; the rest is chance and `behaviour`."""
+
+    def __init__(self) -> None:
+        self.rng = random.Random(0)
+        self.crash = self.lose = 0.0
+        self.behaviour: Behaviour = score
+        self.jobs: dict[JobId, dict[str, Any]] = {}
+        self.cancelled: list[JobId] = []
+
+    def maybe_crash(self) -> None:
+        if self.rng.random() < self.crash:
+            raise Crash
+
+    def progress(self) -> None:
+        for job in self.jobs.values():
+            if job["state"] is JobState.ENDED:
+                continue
+            job["polls"] += 1
+            if self.rng.random() < self.lose:
+                job["state"] = JobState.ENDED
+            elif job["polls"] >= 3:
+                self.behaviour(job["run"])
+                job["state"] = JobState.ENDED
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:  # noqa: C901  three small classes, which see the cluster
+    """Registers launcher, tracker and pruner kinds for one test."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    the_cluster = Cluster()
+
+    class FakeLauncher(Launcher):
+        kind: Literal["fake"] = "fake"
+
+        def check(self) -> None: ...
+
+        def submit(self, job: Job) -> JobId:
+            the_cluster.maybe_crash()
+            job_id = JobId(str(len(the_cluster.jobs)))
+            the_cluster.jobs[job_id] = {"run": RunDir(job.run_dir), "polls": 0, "state": JobState.RUNNING, "job": job}
+            the_cluster.maybe_crash()  # submitted, but the controller never learnt it
+            return job_id
+
+        def find(self, job: Job) -> JobId | None:
+            the_cluster.maybe_crash()
+            for job_id, known in the_cluster.jobs.items():
+                if known["job"].token == job.token and known["state"] is JobState.RUNNING:
+                    return job_id
+            return None
+
+        def poll(self, job_id: JobId) -> JobState:
+            the_cluster.maybe_crash()
+            the_cluster.progress()
+            return the_cluster.jobs[job_id]["state"]
+
+        def cancel(self, job_id: JobId) -> None:
+            the_cluster.maybe_crash()
+            the_cluster.cancelled.append(job_id)
+            the_cluster.jobs[job_id]["state"] = JobState.ENDED
+
+    class BrokenTracker(Tracker):
+        kind: Literal["broken"] = "broken"
+        calls: ClassVar[list[int]] = []
+
+        def mirror(self, study, trials) -> None:
+            self.calls.append(len(trials))
+            raise TrackerError("the store is down")
+
+        def serve(self, name, root, port, say) -> None: ...
+
+    class Threshold(Pruner):
+        kind: Literal["threshold"] = "threshold"
+
+        def build(self) -> optuna.pruners.BasePruner:
+            return optuna.pruners.ThresholdPruner(lower=0.3)
+
+    yield the_cluster
+    for family, kind in ((Launcher, "fake"), (Tracker, "broken"), (Pruner, "threshold")):
+        family._kinds.pop(kind)
+
+
+def spec_of(folder: Path, *sets: str) -> StudySpec:
+    return load(folder, "launcher={kind: fake, poll_seconds: 1e-6}", *sets)
+
+
+STORAGES: dict[Path, optuna.storages.InMemoryStorage] = {}
+
+
+def drive(spec: StudySpec) -> tuple[optuna.Study, int]:
+    """Run the study to its end, starting the controller again whenever it is killed.
+
+    The storage is in memory: SQLite's part is tested with real processes in tests/integration.
+    """
+    storage = STORAGES.setdefault(spec.root, optuna.storages.InMemoryStorage())
+    for crashes in itertools.count():
+        study = optuna.create_study(
+            storage=storage,
+            study_name=spec.name,
+            direction="maximize",
+            load_if_exists=True,
+            sampler=DrawingSampler(spec.sampler, spec.search, spec.defaults()),
+            pruner=spec.pruner.build(),
+        )
+        try:
+            Controller(spec, study).run()
+        except Crash:
+            continue
+        return study, crashes
+    raise AssertionError
+
+
+def states(study: optuna.Study) -> list[str]:
+    return [trial.state.name for trial in study.trials]
+
+
+def fail_with(reason: Any, message: str = "why") -> Behaviour:
+    return lambda run: run.write(run.error, RunError(reason=reason, message=message))
+
+
+def test_a_study_ends_with_exactly_its_number_of_scored_trials(cluster: Cluster, tmp_path: Path):
+    study, _ = drive(spec_of(tmp_path))
+    assert states(study) == ["COMPLETE"] * 8
+    assert len(cluster.jobs) == 8
+
+
+def test_the_first_trial_is_the_studys_own_defaults(cluster: Cluster, tmp_path: Path):
+    study, _ = drive(spec_of(tmp_path))
+    assert study.trials[0].params == {"train.optimizer.lr": 1e-3, "train.lora.rank": 8}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_killed_anywhere_it_loses_and_repeats_nothing(cluster: Cluster, tmp_path: Path, seed: int):
+    cluster.rng, cluster.crash = random.Random(seed), 0.15
+    spec = spec_of(tmp_path, "limits.parallel=3", "sampler={kind: random}", "limits.trials=5")
+    study, _ = drive(spec)
+    assert states(study) == ["COMPLETE"] * 5
+    assert len(cluster.jobs) == 5, "a job was doubled"
+    for trial in study.trials:  # what ran is what the sampler believes ran
+        frozen = thaw(spec.root / "trials" / f"{trial.number:04d}" / "trial.yaml", trial.user_attrs["sha256"])
+        assert frozen["train"]["optimizer"]["lr"] == trial.params["train.optimizer.lr"]
+        assert frozen["train"]["lora"]["rank"] == trial.params["train.lora.rank"]
+
+
+def test_being_killed_does_not_change_what_is_asked(cluster: Cluster, tmp_path: Path):
+    def behave(run: RunDir) -> None:
+        score(run, clip_t=-abs(thaw(run.trial)["train"]["optimizer"]["lr"] - 3e-3))
+
+    cluster.behaviour = behave
+    (tmp_path / "calm").mkdir()
+    (tmp_path / "wild").mkdir()
+    sets = ("sampler={kind: tpe, startup_trials: 3}", "limits.trials=7")
+    calm, _ = drive(spec_of(tmp_path / "calm", *sets))
+    cluster.rng, cluster.crash = random.Random(5), 0.2
+    wild, crashes = drive(spec_of(tmp_path / "wild", *sets))
+    assert crashes > 3
+    assert [trial.params for trial in wild.trials] == [trial.params for trial in calm.trials]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_lost_job_is_submitted_again_into_the_same_directory(cluster: Cluster, tmp_path: Path, seed: int):
+    cluster.rng, cluster.lose, cluster.crash = random.Random(seed), 0.2, 0.05
+    study, _ = drive(spec_of(tmp_path, "limits.max_retries=3"))
+    assert states(study).count("COMPLETE") == 8
+    runs = [job["run"].path for job in cluster.jobs.values()]
+    assert len(runs) > len(set(runs)), "chance lost no job; choose another seed"
+    for trial in study.trials:
+        assert (trial.state is TrialState.FAIL) == (len(trial.user_attrs.get("lost", [])) == 4)
+
+
+def test_a_job_that_is_lost_too_often_fails_its_trial_and_is_not_counted(cluster: Cluster, tmp_path: Path):
+    doomed = {"0000", "0001"}
+    cluster.behaviour = lambda run: None if run.path.name in doomed else score(run)
+    study, _ = drive(spec_of(tmp_path, "limits.max_retries=1", "limits.trials=3"))
+    assert states(study) == ["FAIL", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert [trial.user_attrs.get("reason") for trial in study.trials] == ["lost", "lost", None, None, None]
+    assert len(cluster.jobs) == 2 * 2 + 3
+
+
+@pytest.mark.parametrize("reason", ["oom", "nan"])
+def test_failures_that_depend_on_parameters_are_counted_and_constrain_the_sampler(
+    cluster: Cluster, tmp_path: Path, reason: str
+):
+    cluster.behaviour = lambda run: score(run) if run.path.name == "0001" else fail_with(reason)(run)
+    cluster.rng, cluster.crash = random.Random(0), 0.1
+    study, _ = drive(spec_of(tmp_path, "limits.trials=4"))
+    assert states(study) == ["PRUNED", "COMPLETE", "PRUNED", "PRUNED"]
+    assert [trial.constraints for trial in study.trials] == [{reason: 1.0}, {}, {reason: 1.0}, {reason: 1.0}]
+    assert study.best_trial.number == 1
+
+
+def test_a_failure_of_one_trial_does_not_end_the_study(cluster: Cluster, tmp_path: Path):
+    cluster.behaviour = lambda run: fail_with("disk")(run) if run.path.name in {"0001", "0002"} else score(run)
+    study, _ = drive(spec_of(tmp_path, "limits.trials=3"))
+    assert states(study) == ["COMPLETE", "FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+    assert study.trials[1].user_attrs["reason"] == "disk"
+
+
+def test_the_same_failure_three_times_from_the_start_stops_the_study(cluster: Cluster, tmp_path: Path):
+    cluster.behaviour = fail_with("data", "no captions")
+    with pytest.raises(StudyStoppedError, match="the first 3 trials that failed, the last with data: no captions"):
+        drive(spec_of(tmp_path))
+    assert len(cluster.jobs) == 3
+
+
+def test_different_failures_at_the_start_do_not_stop_the_study(cluster: Cluster, tmp_path: Path):
+    cluster.behaviour = lambda run: fail_with("crash", run.path.name)(run) if run.path.name < "0004" else score(run)
+    study, _ = drive(spec_of(tmp_path, "limits.trials=1"))
+    assert states(study) == ["FAIL"] * 4 + ["COMPLETE"]
+
+
+def test_a_stopped_study_goes_on_when_its_cause_is_mended(cluster: Cluster, tmp_path: Path):
+    cluster.behaviour = fail_with("data")
+    with pytest.raises(StudyStoppedError):
+        drive(spec_of(tmp_path))
+    cluster.behaviour = score
+    study, _ = drive(spec_of(tmp_path, "limits.trials=2"))
+    assert states(study) == ["FAIL"] * 3 + ["COMPLETE"] * 2
+
+
+def test_ten_failures_in_a_row_stop_the_study_whatever_they_are(cluster: Cluster, tmp_path: Path):
+    cluster.behaviour = lambda run: score(run) if run.path.name == "0000" else fail_with("crash", run.path.name)(run)
+    with pytest.raises(StudyStoppedError, match="10 trials in a row"):
+        drive(spec_of(tmp_path))
+
+
+def test_more_trials_extend_a_finished_study(cluster: Cluster, tmp_path: Path):
+    drive(spec_of(tmp_path, "limits.trials=2"))
+    study, _ = drive(spec_of(tmp_path, "limits.trials=5"))
+    assert states(study) == ["COMPLETE"] * 5
+    study, _ = drive(spec_of(tmp_path, "limits.trials=3"))
+    assert states(study) == ["COMPLETE"] * 5
+    assert len(cluster.jobs) == 5
+
+
+def test_an_interrupted_controller_ends_its_jobs_and_the_trials_go_on_later(cluster: Cluster, tmp_path: Path):
+    def interrupt(run: RunDir) -> None:
+        raise KeyboardInterrupt
+
+    cluster.behaviour = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        drive(spec_of(tmp_path, "limits.parallel=2"))
+    assert sorted(cluster.cancelled) == ["0", "1"]
+    cluster.behaviour = score
+    study, _ = drive(spec_of(tmp_path, "limits.trials=3", "limits.max_retries=0"))
+    assert states(study) == ["COMPLETE"] * 3
+    assert all("lost" not in trial.user_attrs for trial in study.trials)
+
+
+def test_a_job_that_takes_too_long_is_ended_and_counts_as_lost(cluster: Cluster, tmp_path: Path):
+    cluster.behaviour = lambda run: None
+    sets = ("launcher.timeout_minutes=1e-9", "limits.max_retries=0", "limits.trials=1")
+    with pytest.raises(StudyStoppedError, match="lost: the job took longer than 1e-09 minutes, 1 times"):
+        drive(spec_of(tmp_path, *sets))
+    assert cluster.cancelled == ["0", "1", "2"]
+
+
+def test_a_pruned_trial_is_ended_and_counts_with_its_last_value(cluster: Cluster, tmp_path: Path):
+    cluster.behaviour = lambda run: None
+
+    class Reporter(dict[JobId, dict[str, Any]]):
+        def __setitem__(self, job_id: JobId, job: dict[str, Any]) -> None:
+            super().__setitem__(job_id, job)
+            job["run"].append("report", step=10, value=0.1)
+
+    cluster.jobs = Reporter()
+    study, _ = drive(spec_of(tmp_path, "pruner={kind: threshold}", "limits.trials=3"))
+    assert states(study) == ["PRUNED"] * 3
+    assert [trial.value for trial in study.trials] == [0.1] * 3
+    assert cluster.cancelled == ["0", "1", "2"]
+
+
+def test_a_result_that_cannot_be_read_fails_its_trial(cluster: Cluster, tmp_path: Path):
+    cluster.behaviour = lambda run: run.result.write_text("{}") if run.path.name == "0001" else score(run)
+    study, _ = drive(spec_of(tmp_path, "limits.trials=2"))
+    assert states(study) == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert "does not hold the scores" in study.trials[1].user_attrs["message"]
+
+
+def test_an_undefined_value_is_pruned_as_nan(cluster: Cluster, tmp_path: Path):
+    cluster.behaviour = lambda run: score(run, clip_t=float("nan"))
+    study, _ = drive(spec_of(tmp_path, "limits.trials=2"))
+    assert [(trial.state.name, trial.user_attrs["reason"]) for trial in study.trials] == [("PRUNED", "nan")] * 2
+
+
+def test_a_study_goes_on_while_its_tracker_is_down_and_says_so_once(
+    cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    study, _ = drive(spec_of(tmp_path, "tracker={kind: broken}", "limits.trials=3"))
+    assert states(study) == ["COMPLETE"] * 3
+    assert sum("the store is down" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_grid_ends_when_every_point_was_tried_once(cluster: Cluster, tmp_path: Path):
+    sets = (
+        "search.train.optimizer.lr={kind: categorical, choices: [1e-4, 1e-3]}",
+        "sampler={kind: grid}",
+        "limits.trials=100",
+    )
+    cluster.behaviour = lambda run: fail_with("crash", run.path.name)(run) if run.path.name == "0001" else score(run)
+    study, _ = drive(spec_of(tmp_path, *sets))
+    assert sorted(states(study)) == ["COMPLETE"] * 6 + ["FAIL"]
+    points = {tuple(trial.params.values()) for trial in study.trials if trial.state is TrialState.COMPLETE}
+    assert points == set(itertools.product([1e-4, 1e-3], [4, 8, 16]))
+
+
+def test_a_frozen_trial_that_was_edited_is_not_run(cluster: Cluster, tmp_path: Path):
+    spec = spec_of(tmp_path, "limits.trials=1")
+    run = RunDir(spec.root / "trials" / "0000")
+    run.path.mkdir(parents=True)
+    run.trial.write_text("sha256: 0\nseed: 1\n")
+    study, _ = drive(spec)
+    assert states(study) == ["FAIL", "COMPLETE"]
+    assert "must not be edited" in study.trials[0].user_attrs["message"]
