@@ -161,7 +161,7 @@ def _num_counted(trials: Sequence[TrialView]) -> int:
 
 def _winner(study: StudyView, trials: Sequence[TrialView]) -> TrialView | None:
     scored = [(trial.values[0], trial) for trial in trials if trial.state == "COMPLETE" and trial.values]
-    if not scored or len(study.directions) > 1:
+    if not scored or len(study.directions) != 1:
         return None
     sign = 1 if study.directions[0] == "maximize" else -1
     return max(scored, key=lambda pair: sign * pair[0])[1]

@@ -7,6 +7,7 @@ changes nothing.
 """
 
 import fcntl
+import importlib
 import json
 import logging
 import os
@@ -304,6 +305,7 @@ def _configure() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    importlib.import_module("mlflow")  # which sets its own level
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -337,7 +339,7 @@ def _find_experiment(client: "MlflowClient", store: str, name: str) -> str:
         location = None
         if store.startswith("sqlite"):
             location = (Path(store.removeprefix("sqlite:///")).parent / "mlartifacts" / name).as_uri()
-        return client.create_experiment(name, artifact_location=location)
+        return client.create_experiment(name, location, tags={"mlflow.experimentKind": "custom_model_development"})
     if found.lifecycle_stage != "active":
         raise TrackerError(
             f"{store}: experiment {name!r} was deleted; expected an active one; run "

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 HOST = "127.0.0.1"
-_START_SECONDS = 120.0
+_START_SECONDS = 300.0
 _STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.2
 
@@ -45,7 +45,7 @@ def running(
     SIGTERM ends the block as Ctrl-C does.
 
     Raises:
-        TrackerError: It ended, or did not answer in two minutes.
+        TrackerError: It ended, or did not answer in five minutes.
     """
     previous = signal.signal(signal.SIGTERM, _interrupt)
     process = subprocess.Popen(  # noqa: S603

@@ -67,7 +67,7 @@ class Tracker(Choice):
         Args:
             name: The study's name.
             root: The study's own folder, as in `StudyView`.
-            port: Where to listen; another port is used, and said, if this one is taken.
+            port: Where to listen; another port is used, and said, if this one is taken. 0 is any free one.
             say: Receives what the user should read, such as the address.
 
         Raises:

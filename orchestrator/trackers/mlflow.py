@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
+from urllib.parse import quote, urlencode
 
 from pydantic import AfterValidator, PrivateAttr
 from typing_extensions import override
@@ -75,12 +76,12 @@ class MlflowTracker(Tracker):
             experiment = find_experiment(store, name)
         except store_errors() as error:
             raise TrackerError(f"{store}: cannot be opened ({_first_line(error)})") from error
-        pages = f"/#/experiments/{experiment}/runs"
+        pages = f"/#/experiments/{experiment}/runs?{urlencode(_BEST_FIRST, quote_via=quote)}"
         if not store.startswith("sqlite"):
             say(f"This study's pages: {store.rstrip('/')}{pages}")
             return
         chosen = choose_port(port)
-        if chosen != port:
+        if port not in (0, chosen):
             say(f"Port {port} is taken; using {chosen}.")
         address = f"http://{HOST}:{chosen}"
         say("Starting the MLflow server …")
@@ -92,6 +93,14 @@ class MlflowTracker(Tracker):
         return self.uri or f"sqlite:///{root.parent.resolve() / 'mlflow.db'}"
 
 
+_BEST_FIRST = {
+    "searchFilter": "tags.trial LIKE '%'",
+    "orderByKey": "metrics.`objective`",
+    "orderByAsc": "false",
+    "compareRunsMode": "CHART",
+}
+"""A view with charts of all trials; sorted by time, MLflow would fold them under their parent and chart none."""
+
 _SERVER_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -101,8 +110,8 @@ _SERVER_ENVIRONMENT = {
 
 def _server(store: str, port: int) -> list[str]:
     artifacts = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts"
-    # `python -m mlflow` imports Matplotlib styles and more before it parses a flag; 1 worker serves one person.
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
+    command += ["--uvicorn-opts", "--log-level warning"]
     return [*command, "--default-artifact-root", artifacts.as_uri(), "--host", HOST, "--port", str(port)]
 
 
