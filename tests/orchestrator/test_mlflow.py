@@ -1,67 +1,14 @@
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import pytest
-from mlflow import MlflowClient
-from mlflow.entities import Run
 from pydantic import ValidationError
 
-from orchestrator.mlflow_mirror import Mirror, flatten, objectives, scores
+from orchestrator.mlflow_mirror import flatten, objectives, scores
 from orchestrator.trackers.mlflow import MlflowTracker
+from tests.orchestrator.mlflow_store import child, opened, runs, snapshot
 from tests.orchestrator.views import FakeStudy
-from trainers.errors import TrackerError
 from trainers.rundir import RunResult, Score
-
-
-def opened(study: FakeStudy) -> MlflowClient:
-    return MlflowClient(f"sqlite:///{study.output / 'mlflow.db'}")
-
-
-def runs(study: FakeStudy) -> list[Run]:
-    client = opened(study)
-    experiment = client.get_experiment_by_name(study.name)
-    assert experiment is not None
-    return list(client.search_runs([experiment.experiment_id]))
-
-
-def child(study: FakeStudy, number: int = 0) -> Run:
-    (found,) = [run for run in runs(study) if run.data.tags.get("trial") == str(number)]
-    return found
-
-
-def snapshot(study: FakeStudy) -> dict[str, Any]:
-    """Everything that the store holds of the study, artifacts included."""
-    held: dict[str, Any] = {}
-    for run in runs(study):
-        history = {
-            key: [
-                (point.step, point.timestamp, point.value)
-                for point in opened(study).get_metric_history(run.info.run_id, key)
-            ]
-            for key in run.data.metrics
-        }
-        held[run.info.run_id] = (run.data.params, run.data.tags, history, run.info.status, run.info.end_time)
-    files = sorted(str(path) for path in (study.output / "mlartifacts").rglob("*"))
-    return {"runs": held, "files": files}
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated data base, made once: the migrations take longer than all tests that use it."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def study(tmp_path: Path, empty_store: Path) -> FakeStudy:
-    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
-    return FakeStudy(tmp_path)
 
 
 def test_a_finished_trial_is_all_there(study: FakeStudy) -> None:
@@ -137,85 +84,6 @@ def test_nothing_new_means_no_call_to_the_store(study: FakeStudy) -> None:
     (study.output / "mlflow.db").unlink()
     tracker.mirror(study.view, study.trials)
     assert not (study.output / "mlflow.db").exists()
-
-
-CALLS = "create_run log_text log_batch log_artifact log_artifacts log_image set_terminated update_run".split()
-NUM_CALLS = 17
-"""What one finished trial of a new study costs."""
-
-
-def interrupt_after(patch: pytest.MonkeyPatch, call: int) -> None:
-    made = 0
-
-    def counted(whole: Any) -> Any:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal made
-            result = whole(*args, **kwargs)
-            made += 1
-            if made == call:
-                raise OSError("the power failed")
-            return result
-
-        return wrapper
-
-    for name in CALLS:
-        patch.setattr(MlflowClient, name, counted(getattr(MlflowClient, name)))
-
-
-@pytest.mark.parametrize("call", range(1, NUM_CALLS + 1))
-def test_a_mirror_cut_short_after_any_call_is_completed_by_the_next(
-    study: FakeStudy, call: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = study.start()
-    study.train(run, 10)
-    study.complete(run)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, call)
-        with pytest.raises(TrackerError, match="the power failed"):
-            MlflowTracker().mirror(study.view, study.trials)
-    MlflowTracker().mirror(study.view, study.trials)
-    found = child(study)
-    assert found.info.status == "FINISHED"
-    assert len(runs(study)) == 2
-    assert len(opened(study).get_metric_history(found.info.run_id, "train/loss")) == 1
-    thumbnails = [file for file in opened(study).list_artifacts(found.info.run_id, "images") if ".webp" in file.path]
-    assert len(thumbnails) == 1
-    assert found.data.tags["mlflow.loggedImages"] == "True"
-    names = {file.path for file in opened(study).list_artifacts(found.info.run_id)}
-    assert names == {"trial.yaml", "records.jsonl", "adapter", "images"}
-    assert {"clip_t/clip-0123456789ab", "objective", "train/loss"} <= found.data.metrics.keys()
-    assert found.data.params["train.kind"] == "sdxl_lora"
-    (parent,) = [run for run in runs(study) if "trial" not in run.data.tags]
-    assert parent.info.status == "FINISHED"
-    assert [file.path for file in opened(study).list_artifacts(parent.info.run_id)] == ["study.yaml"]
-
-
-def test_what_a_dead_server_missed_arrives_at_a_store_that_lives(study: FakeStudy) -> None:
-    run = study.start()
-    study.train(run, 10)
-    dead = MlflowTracker(uri="http://127.0.0.1:9")
-    with pytest.raises(TrackerError, match=r"http://127\.0\.0\.1:9: MLflow is behind"):
-        dead.mirror(study.view, study.trials)
-    study.train(run, 20)
-    MlflowTracker().mirror(study.view, study.trials)
-    assert len(opened(study).get_metric_history(child(study).info.run_id, "train/loss")) == 2
-
-
-def test_a_failure_is_not_repeated_at_once(study: FakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:
-    study.start()
-    attempts: list[str] = []
-
-    def fail(*_: Any) -> None:
-        attempts.append("made")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Mirror, "__init__", fail)
-    monkeypatch.setattr("orchestrator.trackers.mlflow._PATIENCE", 1e9)
-    tracker = MlflowTracker()
-    for _ in range(3):
-        with pytest.raises(TrackerError, match="disk full"):
-            tracker.mirror(study.view, study.trials)
-    assert attempts == ["made"]
 
 
 def test_steps_that_a_lost_job_repeats_are_sent_once(study: FakeStudy) -> None:
@@ -297,29 +165,6 @@ def test_a_study_started_anew_under_the_same_name_gets_a_run_of_its_own(study: F
     assert len(runs(study)) == 4
 
 
-def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(study: FakeStudy) -> None:
-    study.start()
-    MlflowTracker().mirror(study.view, study.trials)
-    client = opened(study)
-    experiment = client.get_experiment_by_name("zog")
-    assert experiment is not None
-    client.delete_experiment(experiment.experiment_id)
-    with pytest.raises(TrackerError, match="mlflow experiments restore"):
-        MlflowTracker().mirror(study.view, study.trials)
-
-
-def test_a_trial_deleted_in_the_browser_comes_back_whole(study: FakeStudy) -> None:
-    study.train(study.start(), 10)
-    tracker = MlflowTracker()
-    tracker.mirror(study.view, study.trials)
-    opened(study).delete_run(child(study).info.run_id)
-    study.train(study.trials[0].run, 20)
-    with pytest.raises(TrackerError, match="active"):
-        tracker.mirror(study.view, study.trials)
-    MlflowTracker().mirror(study.view, study.trials)
-    assert len(opened(study).get_metric_history(child(study).info.run_id, "train/loss")) == 2
-
-
 def test_artifacts_lie_beside_the_store_wherever_the_process_runs(
     study: FakeStudy, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,24 +210,3 @@ def test_a_config_is_flattened_to_dotted_paths() -> None:
 def test_a_store_s_address_is_checked_when_the_study_is_read(uri: str, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         MlflowTracker(uri=uri)
-
-
-@pytest.mark.slow
-def test_two_studies_may_open_a_new_store_at_the_same_time(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from tests.orchestrator.views import FakeStudy;"
-        "from orchestrator.trackers.mlflow import MlflowTracker;"
-        "study = FakeStudy(Path(sys.argv[1]), sys.argv[2]); study.start();"
-        "MlflowTracker().mirror(study.view, study.trials)"
-    )
-    root = Path(__file__).parents[2]
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path), name], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
-        )
-        for name in ("one", "two")
-    ]
-    assert [job.wait(120) for job in jobs] == [0, 0]
-    assert sorted(e.name for e in MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_experiments()) == [
-        "Default", "one", "two",
-    ]  # fmt: skip

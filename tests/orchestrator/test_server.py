@@ -69,4 +69,4 @@ def test_pages_of_a_server_that_already_runs_are_named(tmp_path: Path, monkeypat
     said: list[str] = []
     monkeypatch.setattr("orchestrator.mlflow_mirror.find_experiment", lambda store, name: "7")
     MlflowTracker(uri="http://tracking.example/").serve("zog", tmp_path, 5000, said.append)
-    assert said == ["This study's pages: http://tracking.example/#/experiments/7/runs"]
+    assert said[0].startswith("This study's pages: http://tracking.example/#/experiments/7/runs?")
