@@ -151,3 +151,10 @@ def test_a_file_of_another_type_is_refused(tmp_path, open_clip_folder, head_file
     shutil.copy(head_file, tmp_path / "head.bin")
     with pytest.raises(ModelError, match=r"ends in \.pth or \.safetensors"):
         Aesthetic(model=open_clip_folder, head=tmp_path / "head.bin").check()
+
+
+def test_a_broken_safetensors_file_is_found_without_loading_it(tmp_path, open_clip_folder):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(b"these are not weights")
+    with pytest.raises(ModelError, match=r"broken\.safetensors: cannot be read as weights"):
+        Aesthetic(model=open_clip_folder, head=path).check()
