@@ -7,7 +7,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
@@ -128,9 +129,21 @@ def _run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     with controller_lock(spec.root):
         study = open_study(spec)
-        check_fits(spec, _estimate(spec, study))
+        check_fits(spec, _estimate(spec))
         _control(spec, study)
+        if spec.confirm_seeds:
+            _confirm(spec, study)
     return _best(options)
+
+
+def _confirm(spec: StudySpec, study: optuna.Study) -> None:
+    from orchestrator.confirm import Contest, confirm
+    from orchestrator.tables import best_trial
+    from orchestrator.views import trial_views
+
+    winner, _ = best_trial(spec, trial_views(spec, study))
+    err.print(f"comparing trial {winner.number} with base and defaults on {spec.confirm_seeds} fresh seeds a prompt")
+    confirm(Contest(spec, winner.number))
 
 
 def _control(spec: StudySpec, study: optuna.Study) -> None:
@@ -155,10 +168,8 @@ def _plan(options: argparse.Namespace) -> int:
     import yaml
 
     from orchestrator.plan import check_fits
-    from orchestrator.storage import read_study
 
-    study = read_study(spec) if (spec.root / "study.db").exists() else None
-    needed = _estimate(spec, study)
+    needed = _estimate(spec)
     frozen = yaml.safe_dump(spec.resolve(spec.defaults()).model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     out.print("first trial, the study's own defaults:", style="bold")
     out.print(Syntax(frozen, "yaml", background_color="default", word_wrap=True))
@@ -175,12 +186,12 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _estimate(spec: StudySpec, study: optuna.Study | None) -> Estimate:
+def _estimate(spec: StudySpec) -> Estimate:
+    from orchestrator.ledger import read_trials
     from orchestrator.plan import estimate
     from orchestrator.tables import read_result
-    from orchestrator.views import trial_views
 
-    trials = trial_views(spec, study) if study else []
+    trials = read_trials(spec) if (spec.root / "study.db").exists() else []
     results = [(trial.run.path, read_result(trial.run)) for trial in trials if trial.state == "COMPLETE"]
     counted = sum(trial.state in {"COMPLETE", "PRUNED"} for trial in trials)
     return estimate(spec, [(path, result) for path, result in results if result is not None], counted)
@@ -189,50 +200,59 @@ def _estimate(spec: StudySpec, study: optuna.Study | None) -> Estimate:
 def _print_estimate(spec: StudySpec, needed: Estimate) -> None:
     from orchestrator.plan import human
 
-    trial = spec.trial
+    say, trial = partial(out.print, soft_wrap=True), spec.trial
     pictures = len(trial.evaluate.prompts) * len(trial.evaluate.seeds)
     weights = " + ".join(f"{weight:g} x {name}" for name, weight in spec.objective.weights_by_score().items())
-    out.print(
-        f"to compute: {needed.trials_left} of {spec.num_trials} trials, {spec.limits.parallel} at a time;", end=" "
-    )
-    out.print(f"each trains {trial.train.steps} steps of {trial.train.batch_size} examples,", end=" ")
-    out.print(f"draws {pictures} pictures in {trial.evaluate.steps} steps and maximises {weights}")
+    say(f"to compute: {needed.trials_left} of {spec.num_trials} trials, {spec.limits.parallel} at a time;", end=" ")
+    say(f"each trains {trial.train.steps} steps of {trial.train.batch_size} examples,", end=" ")
+    say(f"draws {pictures} pictures in {trial.evaluate.steps} steps and maximises {weights}")
     if needed.seconds_per_trial is None:
-        out.print("time: unknown until the first trial has finished; `plan` measures it from then on")
+        say("time: unknown until the first trial has finished; `plan` measures it from then on")
     else:
         hours = needed.seconds_per_trial * needed.trials_left / spec.limits.parallel / 3600
-        out.print(f"time: {needed.seconds_per_trial:.0f} s a trial so far, about {hours:.2g} h for the rest")
-    out.print(f"disk: at most {human(needed.disk_bytes)} = {needed.disk_formula}, in {spec.root}")
+        say(f"time: {needed.seconds_per_trial:.0f} s a trial so far, about {hours:.2g} h for the rest")
+    say(f"disk: at most {human(needed.disk_bytes)} = {needed.disk_formula}, in {spec.root}")
     where = "device memory" if needed.on_gpu else "memory"
-    out.print(f"{where} of each process: {human(needed.memory_bytes)} = {needed.memory_formula}")
+    say(f"{where} of each process: {human(needed.memory_bytes)} = {needed.memory_formula}")
 
 
 def _status(options: argparse.Namespace) -> int:
     spec, _ = _load(options)
-    from orchestrator.storage import read_study
+    from orchestrator.ledger import read_trials
     from orchestrator.tables import status_table
-    from orchestrator.views import trial_views
 
-    out.print(status_table(spec, trial_views(spec, read_study(spec))))
+    out.print(status_table(spec, read_trials(spec)))
     return 0
 
 
 def _best(options: argparse.Namespace) -> int:
     spec, _ = _load(options)
-    from orchestrator.storage import read_study
+    from orchestrator.ledger import read_trials
     from orchestrator.tables import best_trial, write_best
-    from orchestrator.views import trial_views
 
-    winner, value = best_trial(spec, trial_views(spec, read_study(spec)))
+    winner, value = best_trial(spec, read_trials(spec))
     path, content = write_best(spec, winner, value)
     out.print(f"trial {winner.number} is best: value {value:.6g}", style="bold")
     for name, chosen in content["params"].items():
         out.print(f"  {name}: {chosen:.4g}" if isinstance(chosen, float) else f"  {name}: {chosen}")
     for name, score in content["scores"].items():
         out.print(f"  {name}: {score['mean']:.4f} ± {score['standard_error']:.4f}")
+    for line in _confirmed(spec, winner.number):
+        out.print(line, soft_wrap=True, markup=False)
     for line in (f"adapter: {content['adapter']}", f"use it:  {content['use']}", f"written: {path}"):
         out.print(line, soft_wrap=True, markup=False)
     return 0
+
+
+def _confirmed(spec: StudySpec, winner: int) -> Iterator[str]:
+    """What fresh seeds said, if that was asked."""
+    from orchestrator.confirm import Contest, read_confirmation
+
+    if found := read_confirmation(Contest(spec, winner)):
+        yield f"on {found.num_samples} pictures with fresh seeds (95 % intervals):"
+        for name, gain in found.advantages.items():
+            values = f"{found.values['winner']:.4f} against {found.values[name]:.4f}"
+            yield f"  better than the {name} by {gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}): {values}"
 
 
 def _replay(options: argparse.Namespace) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ def check(spec: StudySpec, document: Document) -> None:
         raise ConfigError(f"{document.where(tuple(key.split('.')))}: {error}") from error
     for params in _checked_params(spec):
         _check_trial(spec.resolve(params), document, params)
-    _check_output(spec.output)
+    _check_output(spec.output, document)
 
 
 def _checked_params(spec: StudySpec) -> Iterable[Mapping[str, Value]]:
@@ -80,10 +80,16 @@ def _check_references(trial: TrialSpec) -> None:
         )
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: Path, document: Document) -> None:
     existing = next(parent for parent in (output, *output.parents) if parent.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise StorageError(f"output: got {output}; expected a folder that can be written, and {existing} is not")
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # permissions alone do not tell, least of all to root
+            pass
+    except OSError as error:
+        raise StorageError(
+            f"{document.where(('output',))}: output: got {output}; expected a folder that can be written, and "
+            f"{existing} is not: {(error.strerror or str(error)).lower()}"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -46,15 +46,18 @@ def trial_views(spec: StudySpec, study: optuna.Study) -> list[TrialView]:
     return [_trial_view(spec, trial) for trial in study.get_trials(deepcopy=False)]
 
 
+def reason_text(reason: str | None, message: str | None) -> str | None:
+    """Why a trial was pruned or failed, for people."""
+    return f"{reason}: {message}" if reason and message else reason
+
+
 def _trial_view(spec: StudySpec, trial: FrozenTrial) -> TrialView:
-    reason = trial.user_attrs.get("reason")
-    message = trial.user_attrs.get("message")
     return TrialView(
         number=trial.number,
         state=trial.state.name,
         params=trial.params,
         values=trial.values,
-        reason=f"{reason}: {message}" if reason and message else reason,
+        reason=reason_text(trial.user_attrs.get("reason"), trial.user_attrs.get("message")),
         run=run_dir(spec.root, trial.number),
         start=trial.datetime_start.astimezone() if trial.datetime_start else None,
         end=trial.datetime_complete.astimezone() if trial.datetime_complete else None,

@@ -45,6 +45,9 @@ _PR_SET_PDEATHSIG = 1
 _NOT_OURS = 3
 """Exit code for a run directory that another job works on, or that has its result."""
 _RESERVE_BYTES = 2**16
+"""Kept free on the disk for saying that it is full."""
+_OURS = ("orchestrator", "trainers", "evaluation", "__main__")
+"""Whose sentences `log.txt` holds; warnings are held whoever gives them."""
 
 Reason = Literal["oom", "nan", "data", "config", "model", "checkpoint", "disk", "crash"]
 
@@ -216,6 +219,7 @@ def _start_log(run: RunDir, rank: int) -> None:
         os.dup2(own.fileno(), stream.fileno())
     for_all, for_one = logging.StreamHandler(shared), logging.StreamHandler(own)
     for_all.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    for_all.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith(_OURS))
     logging.basicConfig(
         level=logging.INFO,
         format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s",

@@ -104,6 +104,7 @@ TREE: dict[str, Any] = {
     "objective": {"kind": "metric", "name": "clip_t"},
     "tracker": {"kind": "none"},
     "limits": {"trials": 8},
+    "confirm_seeds": 0,
 }
 
 

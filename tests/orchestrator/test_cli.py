@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,11 @@ import yaml
 from orchestrator import plan
 from orchestrator.__main__ import main
 from orchestrator.controller import Controller
+from orchestrator.ledger import read_trials
 from orchestrator.storage import controller_lock, open_study
-from orchestrator.views import run_dir
+from orchestrator.views import run_dir, trial_views
 from tests.orchestrator.studies import TREE, build_world, load, score
+from trainers.rundir import RunError
 
 COMMANDS = ("run", "plan", "status", "best", "replay", "cancel", "ui")
 
@@ -232,6 +235,21 @@ def test_status_shows_every_trial(call: Any, world: Path, monkeypatch: pytest.Mo
     assert answer.code == 0
     for part in ("2 of 8 trials", "complete", "0.2000 ± 0.0100", "0.6000 ± 0.0100", "optimizer.lr", "0.001"):
         assert part in answer.out, answer.out
+
+
+def test_what_is_shown_is_what_optuna_stored(world: Path):
+    finish(world.parent, 0.1, -0.2)
+    spec = load(world.parent)
+    with controller_lock(spec.root):
+        study = open_study(spec)
+        controller = Controller(spec, study)
+        controller._fail(study.ask(), RunError(reason="oom", message="20 GiB"))
+        controller._fail(study.ask(), RunError(reason="data", message="gone"))
+        study.ask()
+        stored, shown = trial_views(spec, study), read_trials(spec)
+    assert [replace(view, params={}) for view in shown] == [replace(view, params={}) for view in stored]
+    assert [view.params for view in shown[:2]] == [view.params for view in stored[:2]]
+    assert [view.state for view in shown] == ["COMPLETE", "COMPLETE", "PRUNED", "FAIL", "RUNNING"]
 
 
 def test_best_writes_the_winner(call: Any, world: Path):
