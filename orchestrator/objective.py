@@ -20,8 +20,13 @@ class Objective(Choice):
 
     def value(self, scores: Mapping[str, Score]) -> float:
         """The sum of factor x mean over the scores; the mean of a score that should be low counts negatively."""
+        means = {name: score.mean for name, score in scores.items()}
+        return self.sample_value(means, {name: score.higher_is_better for name, score in scores.items()})
+
+    def sample_value(self, values: Mapping[str, float], higher_is_better: Mapping[str, bool]) -> float:
+        """The same sum for one picture; its mean over a panel is the objective's value."""
         return sum(
-            weight * (scores[name].mean if scores[name].higher_is_better else -scores[name].mean)
+            weight * (values[name] if higher_is_better[name] else -values[name])
             for name, weight in self.weights_by_score().items()
         )
 

@@ -62,6 +62,8 @@ class StudySpec(Config):
     launcher: Launcher = LocalLauncher()
     tracker: Tracker = MlflowTracker()
     limits: Limits = Limits()
+    confirm_seeds: int = Field(default=4, ge=0)
+    """Fresh seeds per prompt on which the winner, the defaults and the base are compared at the end; 0 is no comparison."""
 
     @property
     def root(self) -> Path:

@@ -137,6 +137,14 @@ class Backbone(ABC):
         """A new diffusers scheduler on this model's own betas and prediction type."""
 
     @abstractmethod
+    def load_adapter(self, folder: Path) -> None:
+        """Add a trained adapter, frozen and active.
+
+        Raises:
+            ModelError: There is none in `folder`.
+        """
+
+    @abstractmethod
     def adapter_scale(self, scale: float) -> AbstractContextManager[None]:
         """Within the context all adapters, also those of the text encoders, act with weight `scale`."""
 

@@ -129,6 +129,12 @@ class MethodConfig(Choice):
                 f"train.data: pictures of {self.data.size} pixels; expected multiples of {factor} (the model's)"
             )
 
+    def frozen_dtype(self) -> torch.dtype:
+        """What `precision` means for weights that are not trained."""
+        import torch
+
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
     @abstractmethod
     def num_trainable(self) -> int:
         """How many numbers are trained, found without torch."""

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from evaluation.config import SamplingConfig
-from evaluation.sampling import Request, generate
+from evaluation.sampling import Request, generate, noise_rng
 from tests.trainers.conftest import build_sdxl
 from trainers.backbones.sdxl import SdxlConfig
 from trainers.errors import NonFiniteError
@@ -55,7 +55,7 @@ def stock_pixels(folder, *, scheduler="ddim", scale=3.0, negative_prompt=None, s
         [request.prompt for request in REQUESTS],
         negative_prompt=None if negative_prompt is None else [negative_prompt] * len(REQUESTS),
         num_inference_steps=steps, guidance_scale=scale, height=64, width=64,
-        generator=[torch.Generator().manual_seed(request.seed) for request in REQUESTS],
+        generator=[noise_rng(request) for request in REQUESTS],
     ).images  # fmt: skip
     return np.stack([np.asarray(image) for image in images])
 
@@ -175,3 +175,8 @@ def test_a_picture_with_nan_is_an_error_that_names_it(backbone):
 
     with pytest.raises(NonFiniteError, match="the picture of 'a red star' with seed 1 has NaN"):
         pixels(Broken(backbone))
+
+
+def test_no_two_prompts_share_their_latents():
+    draws = [torch.randn(4, generator=noise_rng(Request(prompt, 0))) for prompt in ("a red star", "a blue star")]
+    assert not torch.equal(*draws)

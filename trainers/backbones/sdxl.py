@@ -236,6 +236,13 @@ class Sdxl(Backbone):
         return getattr(diffusers, cls).from_config(self._scheduler_config, **options)
 
     @override
+    def load_adapter(self, folder: Path) -> None:
+        from trainers.adapters.lora import load_lora
+
+        names = ("unet", "text_encoder", "text_encoder_2")
+        load_lora(folder, dict(zip(names, (self.denoiser, *self.text_encoders), strict=True)))
+
+    @override
     @contextmanager
     def adapter_scale(self, scale: float) -> Generator[None]:
         previous = self._scale

@@ -1,6 +1,9 @@
 """The architectures of the miniature family and the folders they are saved in: the layouts real checkpoints have."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from diffusers import (
 )
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from trainers.miniature.world import SIZE, words
@@ -37,18 +40,35 @@ _CLIP_MEAN, _CLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 def build_tokenizer() -> CLIPTokenizer:
     """A byte-level CLIP tokenizer in which each word of the world is one token; other words fall apart into bytes."""
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
-    learner.train_from_iterator(words(), trainer)
-    learned = json.loads(learner.to_str())["model"]
-    merges = [tuple(pair) for pair in learned["merges"]]
+    letters = sorted(ByteLevel.alphabet())
+    merges = _learn_merges(words())
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), _START, _END]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT, pad_token=_END)
+
+
+def _learn_merges(corpus: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding (Sennrich et al., 2016, arXiv:1508.07909) until each word is one piece.
+
+    Unlike the trainer of the tokenizers library it breaks ties in a fixed order, so that a recipe can be repeated.
+    """
+    split = [[*word[:-1], f"{word[-1]}</w>"] for word in corpus]
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for pieces in split for pair in pairwise(pieces)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        split = [_merged(pieces, best) for pieces in split]
+    return merges
+
+
+def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    joined: list[str] = []
+    for piece in pieces:
+        if joined and (joined[-1], piece) == pair:
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
 
 
 def build_vae() -> AutoencoderKL:
@@ -112,7 +132,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIP:
 def build_aesthetic_head() -> torch.nn.Sequential:
     """The LAION V2 head's layout (five linear layers, no activation in between) on this family's CLIP embedding."""
     widths = (CLIP_CONFIG["embed_dim"], 32, 16, 8, 8, 1)
-    linear = [torch.nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    linear = [torch.nn.Linear(a, b) for a, b in pairwise(widths)]
     gap = torch.nn.Identity
     return torch.nn.Sequential(linear[0], gap(), linear[1], gap(), linear[2], gap(), linear[3], linear[4])
 
@@ -155,5 +175,5 @@ def save_clip(folder: Path, clip: CLIP, tokenizer: CLIPTokenizer) -> None:
 
 
 def save_aesthetic_head(path: Path, head: torch.nn.Sequential) -> None:
-    """Save the head under the names of the LAION file: `layers.0.weight`, `layers.0.bias`, `layers.2.weight` …"""
+    """Save the head under the names that the LAION file uses: `layers.0.weight`, `layers.0.bias` and so on."""
     save_file({f"layers.{name}": tensor.contiguous() for name, tensor in head.state_dict().items()}, path)

@@ -19,6 +19,7 @@ from trainers.miniature.world import SIZE
 log = logging.getLogger(__name__)
 _VAE_BATCH, _UNET_BATCH = 8, 32
 _KL_WEIGHT, _EDGE_WEIGHT = 1e-3, 0.5
+_LATENT_NOISE = 0.1  # unscaled latents have a deviation of about 3
 _MIN_SNR = 5.0  # Hang et al., 2023, arXiv:2303.09556
 
 
@@ -27,21 +28,42 @@ def train_vae(pictures: Pictures, steps: int, seed: int) -> AutoencoderKL:
     torch.manual_seed(seed)
     vae = build_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=2 * steps, pct_start=0.1)
     average = EMAModel(vae.parameters(), decay=0.995)
     for step in range(steps):
         x = to_unit(pictures.pixels[torch.randint(len(pictures), (_VAE_BATCH,))])
         posterior = vae.encode(x).latent_dist
-        error = vae.decode(posterior.sample()).sample - x
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        loss = error.abs().mean() + error.square().mean() + _EDGE_WEIGHT * edges
-        loss = loss + _KL_WEIGHT * posterior.kl().mean() / x[0].numel()
-        _step(loss, optimizer, schedule)
+        loss = _reconstruction_loss(vae.decode(posterior.sample()).sample - x)
+        _step(loss + _KL_WEIGHT * posterior.kl().mean() / x[0].numel(), optimizer, schedule)
         average.step(vae.parameters())
         if step % 100 == 0 or step == steps - 1:
             log.info("vae step %d loss %.4f", step, loss.item())
     average.copy_to(vae.parameters())
     return vae.eval().requires_grad_(False)
+
+
+def refine_decoder(vae: AutoencoderKL, pictures: Pictures, steps: int, seed: int) -> None:
+    """Train the decoder on, on latents that are a little wrong, as a denoiser's are; the encoder stays as it is."""
+    torch.manual_seed(seed)
+    weights = [*vae.decoder.requires_grad_(True).parameters(), *vae.post_quant_conv.requires_grad_(True).parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.05)
+    average = EMAModel(weights, decay=0.995)
+    for step in range(steps):
+        x = to_unit(pictures.pixels[torch.randint(len(pictures), (_VAE_BATCH,))])
+        latents = vae.encode(x).latent_dist.mean
+        loss = _reconstruction_loss(vae.decode(latents + _LATENT_NOISE * torch.randn_like(latents)).sample - x)
+        _step(loss, optimizer, schedule)
+        average.step(weights)
+        if step % 100 == 0 or step == steps - 1:
+            log.info("decoder step %d loss %.4f", step, loss.item())
+    average.copy_to(weights)
+    vae.requires_grad_(False)
+
+
+def _reconstruction_loss(error: Tensor) -> Tensor:
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + error.square().mean() + _EDGE_WEIGHT * edges
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Training data of the miniature family: many pictures with captions, and ways to spoil them."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
@@ -46,7 +46,7 @@ def wide(count: int, seed: int) -> Pictures:
     return _drawn(count, seed, _wide_scene)
 
 
-def _drawn(count: int, seed: int, scene: object) -> Pictures:
+def _drawn(count: int, seed: int, scene: Callable[[random.Random], Scene]) -> Pictures:
     jobs = [(scene, f"{seed}/{index}") for index in range(count)]
     with get_context("fork").Pool() as pool:
         drawn = pool.map(_one, jobs, chunksize=200)
@@ -54,10 +54,9 @@ def _drawn(count: int, seed: int, scene: object) -> Pictures:
     return Pictures(pixels, tuple(scene for _, scene in drawn))
 
 
-def _one(job: tuple[object, str]) -> tuple[np.ndarray, Scene]:
+def _one(job: tuple[Callable[[random.Random], Scene], str]) -> tuple[np.ndarray, Scene]:
     make, seed = job
     rng = random.Random(seed)
-    assert callable(make)
     scene = make(rng)
     return np.asarray(draw(scene, random_placement(rng))), scene
 
@@ -103,7 +102,7 @@ def spoil(x: Float[Tensor, "b 3 64 64"], rng: torch.Generator) -> tuple[Float[Te
     return torch.stack(spoiled).clamp(-1, 1), names
 
 
-def _blurred(x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
+def _blurred(x: Tensor, strength: float, _rng: torch.Generator) -> Tensor:
     return gaussian_blur(x, [15, 15], [1.5 + 4 * strength])
 
 

@@ -12,12 +12,15 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from trainers.miniature import family, generator, scorers
 from trainers.miniature.pictures import Pictures, plain, wide
 from trainers.miniature.world import Scene, caption, draw, random_placement, random_scene, subject
 
-VAE_STEPS, UNET_STEPS, CLIP_STEPS, HEAD_STEPS = 2600, 4000, 1600, 3000
-_PICTURES = 24_000
+STEPS = {"vae": 1500, "decoder": 1000, "unet": 2400, "clip": 1600, "aesthetic": 3000}
+"""Optimizer steps of each network."""
+_PICTURES = 16_000
 SUBJECT_BACKGROUNDS = ("blue", "red", "green", "yellow", "black", "orange", "pink", "cyan")
 """Backgrounds of the subject's photos; the other colours are left for prompts that ask for something new."""
 
@@ -26,20 +29,22 @@ def make_generator(folder: Path, seed: int, fraction: float) -> None:
     """Train the SDXL-layout base on the plain world and save it as `folder`/sdxl."""
     pictures = plain(_count(_PICTURES, fraction), seed)
     seen_by_vae = wide(_count(_PICTURES, fraction), seed + 1)
-    vae = generator.train_vae(_joined(pictures, seen_by_vae), _count(VAE_STEPS, fraction), seed)
+    vae = generator.train_vae(_joined(pictures, seen_by_vae), _count(STEPS["vae"], fraction), seed)
+    generator.refine_decoder(vae, _joined(pictures, seen_by_vae), _count(STEPS["decoder"], fraction), seed)
     generator.set_scaling_factor(vae, pictures)
     tokenizer = family.build_tokenizer()
-    denoiser = generator.train_denoiser(vae, pictures, tokenizer, _count(UNET_STEPS, fraction), seed)
+    denoiser = generator.train_denoiser(vae, pictures, tokenizer, _count(STEPS["unet"], fraction), seed)
     family.save_sdxl(folder / "sdxl", vae, denoiser.unet, denoiser.text_encoders, tokenizer)
 
 
 def make_scorers(folder: Path, seed: int, fraction: float) -> None:
     """Train the scoring models on the wide world and save them as `folder`/clip and `folder`/aesthetic.safetensors."""
     tokenizer = family.build_tokenizer()
-    clip = scorers.train_clip(wide(_count(_PICTURES, fraction), seed + 2), tokenizer, _count(CLIP_STEPS, fraction), seed)
+    pictures = wide(_count(_PICTURES, fraction), seed + 2)
+    clip = scorers.train_clip(pictures, tokenizer, _count(STEPS["clip"], fraction), seed)
     family.save_clip(folder / "clip", clip, tokenizer)
-    pictures = wide(_count(4000, fraction), seed + 3)
-    head = scorers.train_aesthetic_head(clip, pictures, _count(HEAD_STEPS, fraction), seed)
+    rated = wide(_count(_PICTURES // 4, fraction), seed + 3)
+    head = scorers.train_aesthetic_head(clip, rated, _count(STEPS["aesthetic"], fraction), seed)
     family.save_aesthetic_head(folder / "aesthetic.safetensors", head)
 
 
@@ -71,8 +76,7 @@ def write_manifest(folder: Path, seed: int, fraction: float) -> None:
     """Record how the family was made and what every file's content is."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
     hashes = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    steps = {"vae": VAE_STEPS, "unet": UNET_STEPS, "clip": CLIP_STEPS, "aesthetic": HEAD_STEPS}
-    manifest = {"seed": seed, "fraction": fraction, "steps": steps, "sha256": hashes}
+    manifest = {"seed": seed, "fraction": fraction, "steps": STEPS, "sha256": hashes}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -81,8 +85,6 @@ def _count(whole: int, fraction: float) -> int:
 
 
 def _joined(first: Pictures, second: Pictures) -> Pictures:
-    import torch
-
     return Pictures(torch.cat([first.pixels, second.pixels]), first.scenes + second.scenes)
 
 
@@ -95,7 +97,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     log_file = logging.FileHandler(arguments.folder / "training.log", mode="w")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=[log_file, logging.StreamHandler()])
+    handlers = [log_file, logging.StreamHandler()]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
     make_generator(arguments.folder, arguments.seed, arguments.fraction)
     make_scorers(arguments.folder, arguments.seed, arguments.fraction)
     logging.shutdown()

@@ -25,7 +25,7 @@ def tokens(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
 
 
 def train_clip(pictures: Pictures, tokenizer: CLIPTokenizer, steps: int, seed: int) -> CLIP:
-    """Contrastive training (Radford et al., 2021, arXiv:2103.00020); one picture in eight is spoiled and captioned so."""
+    """Contrastive training (Radford et al., 2021, arXiv:2103.00020); one picture in eight is spoiled, and says so."""
     torch.manual_seed(seed)
     clip = build_clip(tokenizer)
     optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, weight_decay=0.05)
@@ -73,7 +73,8 @@ def taste(scene: Scene) -> float:
     """What people of the miniature world find beautiful, 1 to 10: contrast with the background, patterns, outlines."""
     main = COLOURS[scene.person.hair if scene.person else scene.colour]
     contrast = float(np.abs(np.subtract(main, COLOURS[scene.background])).mean()) / 255
-    return 5.0 + 3.0 * contrast + (0.7 if scene.fill not in ("solid", "hollow") else 0.0) + (0.5 if scene.outlined else 0.0)
+    pattern = 0.7 if scene.fill not in ("solid", "hollow") else 0.0
+    return 5.0 + 3.0 * contrast + pattern + (0.5 if scene.outlined else 0.0)
 
 
 def train_aesthetic_head(clip: CLIP, pictures: Pictures, steps: int, seed: int) -> nn.Sequential:

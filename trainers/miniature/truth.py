@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainers.miniature.world import COLOURS, Placement, Scene, draw, mask
 
-_CLOSE = 45 / 127.5  # mean difference per channel, in [-1, 1] units, up to which two colours count as the same
+_CLOSE = 30 / 127.5  # mean difference per channel, in [-1, 1] units, up to which two colours count as the same
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def caption(scene: Scene, detail: Literal["full", "short"] = "full") -> str:
 
 
 def with_article(noun: str) -> str:
-    """ "a star", "an orange star"."""
+    """The noun with its article: a star, an orange star."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -167,9 +167,10 @@ def _describe(scene: Scene, detail: str) -> str:
 
 def words() -> list[str]:
     """Every word a caption can contain, in a fixed order, held-out names included."""
-    plain = "a an on in and with of the photo picture background outlined hollow person hair glasses shirt style".split()
+    grammar = "a an on in and with of the".split()
+    plain = "photo picture background outlined hollow person hair glasses shirt style".split()
     quality = "blurry noisy clean sharp".split()
-    return [*plain, *quality, *SHAPES, *PATTERNS, *HAIR_STYLES, *COLOURS, *SUBJECTS, *STYLES]
+    return [*grammar, *plain, *quality, *SHAPES, *PATTERNS, *HAIR_STYLES, *COLOURS, *SUBJECTS, *STYLES]
 
 
 def draw(scene: Scene, placement: Placement) -> Image.Image:
@@ -233,7 +234,8 @@ def _draw_nuvo(scene: Scene, box: _Box, side: int) -> Image.Image:
     edge = side // 8
     image.paste((250, 235, 200), (edge, edge, side - edge, side - edge))
     shift = side * 0.06
-    image.paste(COLOURS["black"], (0, 0, side, side), _outline(scene.shape, (box[0] + shift, box[1] + shift, box[2]), side, 1.0))
+    shadow = (box[0] + shift, box[1] + shift, box[2])
+    image.paste(COLOURS["black"], (0, 0, side, side), _outline(scene.shape, shadow, side, 1.0))
     image.paste(_texture(scene, box, side), (0, 0), _outline(scene.shape, box, side, 1.0))
     return image
 
@@ -323,7 +325,8 @@ def _draw_person(image: Image.Image, person: Person, box: _Box) -> None:
     if person.hair_style == "spiky":
         for k in range(-3, 4):
             tip = cx + k * half * 0.4
-            pen.polygon([(tip - half * 0.25, cy - r * 0.6), (tip, cy - r * 1.35), (tip + half * 0.25, cy - r * 0.6)], fill=hair)
+            foot, point = half * 0.25, cy - r * 1.35
+            pen.polygon([(tip - foot, cy - r * 0.6), (tip, point), (tip + foot, cy - r * 0.6)], fill=hair)
     for side in (-1, 1):
         ex, ey, size = cx + side * half * 0.42, cy + r * 0.02, r * 0.17
         pen.ellipse((ex - size, ey - size, ex + size, ey + size), fill=(250, 250, 250))
@@ -332,7 +335,8 @@ def _draw_person(image: Image.Image, person: Person, box: _Box) -> None:
         if person.glasses:
             rim = size * 1.6
             pen.ellipse((ex - rim, ey - rim, ex + rim, ey + rim), outline=(20, 20, 20), width=max(2, round(r * 0.09)))
-    pen.arc((cx - half * 0.4, cy + r * 0.2, cx + half * 0.4, cy + r * 0.7), 20, 160, fill=(150, 40, 50), width=max(2, round(r * 0.1)))
+    mouth = (cx - half * 0.4, cy + r * 0.2, cx + half * 0.4, cy + r * 0.7)
+    pen.arc(mouth, 20, 160, fill=(150, 40, 50), width=max(2, round(r * 0.1)))
 
 
 def contact_sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
