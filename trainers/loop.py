@@ -111,8 +111,9 @@ class _Training:
             last = i == len(self.micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
                 self._backward(step, places)
-        norm: Any = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
-        if math.isfinite(norm := float(norm)):
+        limit = self.config.max_grad_norm
+        norm = float(cast("Tensor", self.accelerator.clip_grad_norm_(self.parameters.values(), limit)))
+        if math.isfinite(norm):
             self.norm = norm
         else:
             self._refuse(step, norm)

@@ -205,7 +205,7 @@ def test_two_processes_train_what_one_does(make_config, launch, tmp_path, text):
     config = make_config(batch_size=5, micro_batch_size=2, text_encoder_lora=text)
     runs = {processes: RunDir(tmp_path / f"run{processes}") for processes in (1, 2)}
     for processes, run in runs.items():
-        assert launch(config, run, processes).wait(timeout=300) == 0
+        assert launch(config, run, processes).wait(timeout=900) == 0
     one, two = (load_state(run)["parameters"] for run in runs.values())
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3)
@@ -217,13 +217,13 @@ def test_two_processes_train_what_one_does(make_config, launch, tmp_path, text):
 def test_killed_while_training_and_started_again_ends_with_the_same_weights(make_config, launch, tmp_path):
     config = make_config(steps=40, checkpoint_every=5, log_every=5)
     whole, killed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
-    assert launch(config, whole, 1).wait(timeout=300) == 0
+    assert launch(config, whole, 1).wait(timeout=900) == 0
     job = launch(config, killed, 1)
     while job.poll() is None and not list(killed.checkpoints.glob("step-*.pt")):
         signal.sigtimedwait([], 0.01)
     job.send_signal(signal.SIGKILL)
     assert job.wait(timeout=60) == -signal.SIGKILL
-    assert launch(config, killed, 1).wait(timeout=300) == 0
+    assert launch(config, killed, 1).wait(timeout=900) == 0
     expected = load_state(whole)["parameters"]
     assert all(torch.equal(value, expected[name]) for name, value in load_state(killed)["parameters"].items())
 
