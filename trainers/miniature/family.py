@@ -5,17 +5,15 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -26,7 +24,8 @@ CONTEXT = 32
 LATENT_CHANNELS = 12
 DOWNSCALE = 8
 _TEXT_WIDTH = 64
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+"""Stable Diffusion's noise schedule."""
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 CLIP_CONFIG: dict[str, Any] = {
@@ -44,7 +43,7 @@ def build_tokenizer() -> CLIPTokenizer:
     merges = _learn_merges(words())
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), _START, _END]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT, pad_token=_END)
+    return CLIPTokenizer(vocab=vocabulary, merges=cast("Any", merges), model_max_length=CONTEXT, pad_token=_END)
 
 
 def _learn_merges(corpus: Sequence[str]) -> list[tuple[str, str]]:
@@ -73,10 +72,10 @@ def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 def build_vae() -> AutoencoderKL:
     """64-pixel pictures to 12 x 8 x 8 latents and back."""
-    levels = (16, 32, 64, 64)
+    levels: Any = (16, 32, 64, 64)  # diffusers annotates its tuples as having one element
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(levels),
-        up_block_types=("UpDecoderBlock2D",) * len(levels),
+        down_block_types=cast("Any", ("DownEncoderBlock2D",) * len(levels)),
+        up_block_types=cast("Any", ("UpDecoderBlock2D",) * len(levels)),
         block_out_channels=levels,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
@@ -96,7 +95,7 @@ def build_unet() -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         transformer_layers_per_block=1,
-        attention_head_dim=(3, 5),
+        attention_head_dim=cast("Any", (3, 5)),
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
@@ -108,7 +107,7 @@ def build_unet() -> UNet2DConditionModel:
 
 def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """SDXL's two text encoders; the second one also gives the pooled embedding."""
-    config = {
+    config: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": _TEXT_WIDTH,
         "intermediate_size": 4 * _TEXT_WIDTH,
@@ -125,7 +124,7 @@ def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTe
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIP:
     """The scoring model: a text and an image tower of open_clip."""
-    text = {**CLIP_CONFIG["text_cfg"], "vocab_size": len(tokenizer)}
+    text: dict[str, Any] = {**CLIP_CONFIG["text_cfg"], "vocab_size": len(tokenizer)}
     return CLIP(CLIP_CONFIG["embed_dim"], CLIPVisionCfg(**CLIP_CONFIG["vision_cfg"]), CLIPTextCfg(**text))
 
 
@@ -153,7 +152,7 @@ def save_sdxl(
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=cast("Any", scheduler),
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
     )
@@ -163,7 +162,7 @@ def save_sdxl(
 def save_clip(folder: Path, clip: CLIP, tokenizer: CLIPTokenizer) -> None:
     """Save a folder that open_clip's `local-dir:` loads."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = {**CLIP_CONFIG["text_cfg"], "vocab_size": len(tokenizer)}
+    text: dict[str, Any] = {**CLIP_CONFIG["text_cfg"], "vocab_size": len(tokenizer)}
     config = {
         "model_cfg": {**CLIP_CONFIG, "text_cfg": text},
         "preprocess_cfg": {"mean": _CLIP_MEAN, "std": _CLIP_STD, "interpolation": "bicubic", "resize_mode": "squash"},

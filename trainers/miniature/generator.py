@@ -3,21 +3,27 @@
 import logging
 import random
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.training_utils import EMAModel
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from trainers.miniature.family import BETAS, build_text_encoders, build_unet, build_vae
+from trainers.miniature.family import BETAS, build_text_encoders, build_vae
 from trainers.miniature.pictures import Pictures, captions, to_unit
 from trainers.miniature.scorers import tokens
-from trainers.miniature.world import SIZE
+from trainers.miniature.world import SIZE, attributes, caption
 
 log = logging.getLogger(__name__)
-_VAE_BATCH, _UNET_BATCH = 8, 32
+_VAE_BATCH, _TEXT_BATCH, _UNET_BATCH = 8, 64, 24
+_SAVE_EVERY = 250
 _KL_WEIGHT, _EDGE_WEIGHT = 1e-3, 0.5
 _LATENT_NOISE = 0.1  # unscaled latents have a deviation of about 3
 _MIN_SNR = 5.0  # Hang et al., 2023, arXiv:2303.09556
@@ -32,8 +38,8 @@ def train_vae(pictures: Pictures, steps: int, seed: int) -> AutoencoderKL:
     average = EMAModel(vae.parameters(), decay=0.995)
     for step in range(steps):
         x = to_unit(pictures.pixels[torch.randint(len(pictures), (_VAE_BATCH,))])
-        posterior = vae.encode(x).latent_dist
-        loss = _reconstruction_loss(vae.decode(posterior.sample()).sample - x)
+        posterior = _posterior(vae, x)
+        loss = _reconstruction_loss(_decode(vae, posterior.sample()) - x)
         _step(loss + _KL_WEIGHT * posterior.kl().mean() / x[0].numel(), optimizer, schedule)
         average.step(vae.parameters())
         if step % 100 == 0 or step == steps - 1:
@@ -45,14 +51,15 @@ def train_vae(pictures: Pictures, steps: int, seed: int) -> AutoencoderKL:
 def refine_decoder(vae: AutoencoderKL, pictures: Pictures, steps: int, seed: int) -> None:
     """Train the decoder on, on latents that are a little wrong, as a denoiser's are; the encoder stays as it is."""
     torch.manual_seed(seed)
-    weights = [*vae.decoder.requires_grad_(True).parameters(), *vae.post_quant_conv.requires_grad_(True).parameters()]
+    trained = [getattr(vae, name).requires_grad_(True) for name in ("post_quant_conv", "decoder")]
+    weights = [parameter for module in trained for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.05)
     average = EMAModel(weights, decay=0.995)
     for step in range(steps):
         x = to_unit(pictures.pixels[torch.randint(len(pictures), (_VAE_BATCH,))])
-        latents = vae.encode(x).latent_dist.mean
-        loss = _reconstruction_loss(vae.decode(latents + _LATENT_NOISE * torch.randn_like(latents)).sample - x)
+        latents = _posterior(vae, x).mean
+        loss = _reconstruction_loss(_decode(vae, latents + _LATENT_NOISE * torch.randn_like(latents)) - x)
         _step(loss, optimizer, schedule)
         average.step(weights)
         if step % 100 == 0 or step == steps - 1:
@@ -76,7 +83,15 @@ def set_scaling_factor(vae: AutoencoderKL, pictures: Pictures) -> None:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Pictures) -> Float[Tensor, "n c h w"]:
     """Posterior means of all pictures, unscaled."""
-    return torch.cat([vae.encode(to_unit(part)).latent_dist.mean for part in pictures.pixels.split(64)])
+    return torch.cat([_posterior(vae, to_unit(part)).mean for part in torch.split(pictures.pixels, 64)])
+
+
+def _posterior(vae: AutoencoderKL, x: Tensor) -> DiagonalGaussianDistribution:
+    return cast("Any", vae.encode(x)).latent_dist
+
+
+def _decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    return cast("Any", vae.decode(cast("Any", latents))).sample
 
 
 @dataclass(frozen=True)
@@ -87,29 +102,110 @@ class Denoiser:
     text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
 
 
-def train_denoiser(vae: AutoencoderKL, pictures: Pictures, tokenizer: CLIPTokenizer, steps: int, seed: int) -> Denoiser:
-    """Noise prediction with min-SNR weights; one caption in ten is empty; returns moving averages of the weights."""
-    latents = encode(vae, pictures) * vae.config.scaling_factor
+def train_text_encoders(
+    pictures: Pictures, tokenizer: CLIPTokenizer, steps: int, seed: int
+) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """Teach the text encoders what words mean before anything is drawn: to name each attribute of a caption's scene.
+
+    Real text encoders come from contrastive training too; without it the denoiser learns to draw long before it
+    learns to listen.
+    """
     torch.manual_seed(seed)
-    words = random.Random(seed)
-    denoiser = Denoiser(build_unet(), build_text_encoders(tokenizer))
+    encoders = build_text_encoders(tokenizer)
+    wanted = torch.tensor([attributes(scene) for scene in pictures.scenes])
+    sizes = cast("list[int]", (wanted.amax(0) + 1).tolist())
+    width = encoders[0].config.hidden_size
+    readers = nn.ModuleList(nn.Linear(width, sum(sizes)) for _ in range(3))
+    weights = [p for module in (*encoders, readers) for p in module.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        chosen = torch.randint(len(pictures), (_TEXT_BATCH,))
+        ids = tokens(tokenizer, [caption(scene) for scene in pictures.chosen(chosen)])
+        outputs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
+        # Three ways out, because the denoiser uses three: both penultimate states, and the pooled embedding.
+        summaries = [*(o.hidden_states[-2].mean(1) for o in outputs), outputs[1].text_embeds]
+        answers = [reader(summary).split(sizes, dim=1) for reader, summary in zip(readers, summaries, strict=True)]
+        asked = [(part, wanted[chosen, i]) for answer in answers for i, part in enumerate(answer)]
+        loss = torch.stack([nn.functional.cross_entropy(part, truth) for part, truth in asked]).mean()
+        _step(loss, optimizer, schedule)
+        if step % 100 == 0 or step == steps - 1:
+            right = sum(float((part.argmax(1) == truth).float().mean()) for part, truth in asked) / len(asked)
+            log.info("text step %d loss %.4f right %.3f", step, loss.item(), right)
+    return encoders
+
+
+def train_denoiser(
+    vae: AutoencoderKL, pictures: Pictures, denoiser: Denoiser, tokenizer: CLIPTokenizer, schedule: "Schedule"
+) -> None:
+    """Noise prediction with min-SNR weights; one caption in ten is empty; leaves moving averages of the weights.
+
+    It takes an hour and more, so it goes on from `schedule.checkpoint` if it was interrupted.
+    """
+    latents = encode(vae, pictures) * float(cast("Any", vae.config).scaling_factor)
+    torch.manual_seed(schedule.seed)
     weights = [p for module in (denoiser.unet, *denoiser.text_encoders) for p in module.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.01, fused=True)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=schedule.steps, pct_start=0.05)
     average = EMAModel(weights, decay=0.999)
     process = DDPMScheduler(**BETAS, num_train_timesteps=1000)
-    for step in range(steps):
+    state = _State(weights, optimizer, rate, average)
+    for step in range(state.restore(schedule.checkpoint), schedule.steps):
+        torch.manual_seed(schedule.seed * 1_000_003 + step)
+        words = random.Random(f"{schedule.seed}/{step}")
         chosen = torch.randint(len(pictures), (_UNET_BATCH,))
-        texts = captions([pictures.scenes[i] for i in chosen.tolist()], words, empty=0.1)
+        texts = captions(pictures.chosen(chosen), words, empty=0.1)
         loss = _denoising_loss(denoiser, process, latents[chosen], tokens(tokenizer, texts))
-        _step(loss, optimizer, schedule)
+        _step(loss, optimizer, rate)
         average.step(weights)
-        if step % 100 == 0 or step == steps - 1:
+        if step % 100 == 0 or step == schedule.steps - 1:
             log.info("unet step %d loss %.4f", step, loss.item())
+        if (step + 1) % _SAVE_EVERY == 0:
+            state.save(schedule.checkpoint, step + 1)
     average.copy_to(weights)
     for module in (denoiser.unet, *denoiser.text_encoders):
         module.eval().requires_grad_(False)
-    return denoiser
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long the denoiser trains, from which seed, and where its state is kept."""
+
+    steps: int
+    seed: int
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
+class _State:
+    """Everything that must outlive an interruption; randomness is a function of the step."""
+
+    weights: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    rate: torch.optim.lr_scheduler.LRScheduler
+    average: EMAModel
+
+    def save(self, path: Path, step: int) -> None:
+        state: dict[str, Any] = {
+            "step": step,
+            "weights": [p.detach() for p in self.weights],
+            "average": self.average.state_dict(),
+        }
+        state |= {"optimizer": self.optimizer.state_dict(), "rate": self.rate.state_dict()}
+        torch.save(state, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+
+    def restore(self, path: Path) -> int:
+        if not path.exists():
+            return 0
+        state = torch.load(path, weights_only=True)
+        with torch.no_grad():
+            for parameter, value in zip(self.weights, state["weights"], strict=True):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rate.load_state_dict(state["rate"])
+        self.average.load_state_dict(state["average"])
+        return state["step"]
 
 
 def _denoising_loss(denoiser: Denoiser, process: DDPMScheduler, x0: Tensor, ids: Tensor) -> Tensor:
@@ -118,9 +214,10 @@ def _denoising_loss(denoiser: Denoiser, process: DDPMScheduler, x0: Tensor, ids:
     sizes = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]], dtype=torch.float32).expand(len(x0), -1)
     noise, t = torch.randn_like(x0), torch.randint(1000, (len(x0),))
     added = {"text_embeds": second.text_embeds, "time_ids": sizes}
-    predicted = denoiser.unet(process.add_noise(x0, noise, t), t, hidden, added_cond_kwargs=added).sample
-    snr = compute_snr(process, t)
-    weight = snr.clamp(max=_MIN_SNR) / snr
+    x_t = process.add_noise(x0, noise, cast("Any", t))
+    predicted: Tensor = denoiser.unet(x_t, t, hidden, added_cond_kwargs=added).sample
+    signal = process.alphas_cumprod[t]
+    weight = (_MIN_SNR * (1 - signal) / signal).clamp(max=1)
     return (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()
 
 

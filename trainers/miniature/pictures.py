@@ -4,10 +4,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
@@ -34,6 +35,11 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    def chosen(self, indices: Int[Tensor, " b"]) -> list[Scene]:
+        """The scenes of some pictures."""
+        places = cast("list[int]", indices.tolist())
+        return [self.scenes[place] for place in places]
 
 
 def plain(count: int, seed: int) -> Pictures:
@@ -93,7 +99,8 @@ def to_unit(pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
 
 def spoil(x: Float[Tensor, "b 3 64 64"], rng: torch.Generator) -> tuple[Float[Tensor, "b 3 64 64"], list[str]]:
     """Ruin each picture in one of five ways that failed training runs show; returns pictures and what was done."""
-    spoiled, names = [], []
+    spoiled: list[Tensor] = []
+    names: list[str] = []
     for picture in x:
         way = int(torch.randint(5, (), generator=rng))
         strength = float(torch.rand((), generator=rng)) * 0.7 + 0.3

@@ -18,7 +18,7 @@ from trainers.miniature import family, generator, scorers
 from trainers.miniature.pictures import Pictures, plain, wide
 from trainers.miniature.world import Scene, caption, draw, random_placement, random_scene, subject
 
-STEPS = {"vae": 1500, "decoder": 1000, "unet": 2400, "clip": 1600, "aesthetic": 3000}
+STEPS = {"vae": 1500, "decoder": 1000, "text": 600, "unet": 8000, "clip": 1600, "aesthetic": 3000}
 """Optimizer steps of each network."""
 _PICTURES = 16_000
 SUBJECT_BACKGROUNDS = ("blue", "red", "green", "yellow", "black", "orange", "pink", "cyan")
@@ -33,7 +33,12 @@ def make_generator(folder: Path, seed: int, fraction: float) -> None:
     generator.refine_decoder(vae, _joined(pictures, seen_by_vae), _count(STEPS["decoder"], fraction), seed)
     generator.set_scaling_factor(vae, pictures)
     tokenizer = family.build_tokenizer()
-    denoiser = generator.train_denoiser(vae, pictures, tokenizer, _count(STEPS["unet"], fraction), seed)
+    text_encoders = generator.train_text_encoders(pictures, tokenizer, _count(STEPS["text"], fraction), seed)
+    torch.manual_seed(seed)
+    denoiser = generator.Denoiser(family.build_unet(), text_encoders)
+    schedule = generator.Schedule(_count(STEPS["unet"], fraction), seed, folder / "denoiser.ckpt")
+    generator.train_denoiser(vae, pictures, denoiser, tokenizer, schedule)
+    schedule.checkpoint.unlink(missing_ok=True)
     family.save_sdxl(folder / "sdxl", vae, denoiser.unet, denoiser.text_encoders, tokenizer)
 
 
@@ -64,7 +69,8 @@ def subject_scenes(name: str) -> list[Scene]:
 
 def style_scenes(style: str, count: int, seed: int) -> list[Scene]:
     """Plain objects drawn in a held-out style."""
-    rng, scenes = random.Random(seed), []
+    rng = random.Random(seed)
+    scenes: list[Scene] = []
     while len(scenes) < count:
         scene = random_scene(rng, portraits=0)
         if scene.fill == "solid" and not scene.outlined:

@@ -3,6 +3,7 @@
 import logging
 import random
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ _BATCH = 96
 
 def tokens(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     """[b, CONTEXT] token ids, padded and cut as the pipelines do."""
-    encoded = tokenizer(list(texts), padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt")
-    return encoded.input_ids
+    options: dict[str, Any] = {"padding": "max_length", "max_length": CONTEXT, "truncation": True}
+    return cast("Any", tokenizer)(list(texts), return_tensors="pt", **options).input_ids
 
 
 def train_clip(pictures: Pictures, tokenizer: CLIPTokenizer, steps: int, seed: int) -> CLIP:
@@ -34,7 +35,7 @@ def train_clip(pictures: Pictures, tokenizer: CLIPTokenizer, steps: int, seed: i
     clip.train()
     for step in range(steps):
         chosen = torch.randint(len(pictures), (_BATCH,), generator=rng)
-        texts = captions([pictures.scenes[i] for i in chosen.tolist()], words)
+        texts = captions(pictures.chosen(chosen), words)
         x, texts = _varied(to_unit(pictures.pixels[chosen]), texts, rng)
         image, text, scale = clip(x, tokens(tokenizer, texts))
         logits = scale.clamp(max=100) * image @ text.T
@@ -66,7 +67,7 @@ def _varied(x: Tensor, texts: list[str], rng: torch.Generator) -> tuple[Tensor, 
 @torch.no_grad()
 def embed_images(clip: CLIP, x: Tensor) -> Tensor:
     """[n, 64] unit embeddings of pictures in [-1, 1]."""
-    return torch.cat([clip.encode_image(part, normalize=True) for part in x.split(256)])
+    return torch.cat([clip.encode_image(part, normalize=True) for part in torch.split(x, 256)])
 
 
 def taste(scene: Scene) -> float:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 import torch
@@ -52,8 +53,9 @@ def compare(pictures: Float[Tensor, "b 3 64 64"], scene: Scene) -> list[Truth]:
     is_background = (pictures - colour).abs().mean(1) < _CLOSE
     around = bank.near[best].reshape(-1, 3, *pictures.shape[2:])[:, 0] == 0
     share = (is_background & around).sum((1, 2)) / around.sum((1, 2))
-    pairs = zip(fit.gather(1, best[:, None])[:, 0].clamp(min=0).tolist(), share.tolist(), strict=True)
-    return [Truth(subject, background) for subject, background in pairs]
+    subjects = cast("list[float]", fit.gather(1, best[:, None])[:, 0].clamp(min=0).tolist())
+    backgrounds = cast("list[float]", share.tolist())
+    return [Truth(*pair) for pair in zip(subjects, backgrounds, strict=True)]
 
 
 def _background(scene: Scene) -> Tensor:
@@ -63,7 +65,8 @@ def _background(scene: Scene) -> Tensor:
 @lru_cache(maxsize=64)
 def _bank(scene: Scene) -> _Bank:
     """Seven positions each way and seven sizes, a little beyond what training pictures have."""
-    templates, near = [], []
+    templates: list[np.ndarray] = []
+    near: list[np.ndarray] = []
     for x in np.linspace(0.41, 0.59, 7):
         for y in np.linspace(0.41, 0.59, 7):
             for radius in np.linspace(0.25, 0.42, 7):

@@ -13,48 +13,19 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
+from trainers.miniature.people import COLOURS, HAIR_STYLES, SKINS, Person, draw_person
+
 SIZE = 64
 """Pixels on each side of a picture."""
 _ZOOM = 3  # drawn larger, then reduced: anti-aliased edges
 
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (215, 40, 45),
-    "green": (45, 165, 65),
-    "blue": (50, 85, 215),
-    "yellow": (240, 215, 50),
-    "purple": (140, 55, 185),
-    "orange": (245, 140, 35),
-    "white": (245, 245, 245),
-    "black": (25, 25, 25),
-    "pink": (250, 135, 190),
-    "cyan": (50, 205, 220),
-    "brown": (125, 80, 45),
-    "grey": (130, 130, 130),
-}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart", "moon", "hexagon")
 PATTERNS = ("striped", "dotted", "checkered", "split")
-HAIR_STYLES = ("short", "long", "spiky")
-SKINS = ((245, 214, 185), (224, 172, 130), (160, 105, 70), (95, 62, 45))
 
 SUBJECTS = ("zog", "wug", "dax", "blik", "fep", "toma")
 """Names that the generator never sees; the scoring models know what they look like."""
 STYLES = ("bim", "nuvo")
 """Names of styles that the generator never sees; the scoring models know them."""
-
-
-@dataclass(frozen=True)
-class Person:
-    """Who a portrait shows. Skin and eyes are never named in captions: they are what identity is made of."""
-
-    hair: str
-    hair_style: str
-    shirt: str
-    glasses: bool
-    skin: int
-    """Index into `SKINS`."""
-    eyes: str
-    width: float
-    """Half the width of the face, relative to the head's radius."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +136,24 @@ def _describe(scene: Scene, detail: str) -> str:
     return f"{outlined}{hollow}{scene.colour} {scene.shape}"
 
 
+def attributes(scene: Scene) -> list[int]:
+    """What a full caption says, as one class per attribute; 0 where it says nothing."""
+    colours = ["", *COLOURS]
+    person = scene.person
+    return [
+        colours.index(scene.background),
+        ["", *SHAPES].index(scene.shape),
+        ["solid", "hollow", *PATTERNS].index(scene.fill),
+        colours.index(scene.colour),
+        colours.index(scene.second),
+        int(scene.outlined),
+        colours.index(person.hair if person else ""),
+        ["", *HAIR_STYLES].index(person.hair_style if person else ""),
+        colours.index(person.shirt if person else ""),
+        int(person.glasses if person else False),
+    ]
+
+
 def words() -> list[str]:
     """Every word a caption can contain, in a fixed order, held-out names included."""
     grammar = "a an on in and with of the".split()
@@ -184,7 +173,7 @@ def draw(scene: Scene, placement: Placement) -> Image.Image:
     else:
         image = Image.new("RGB", (side, side), COLOURS[scene.background])
         if scene.person is not None:
-            _draw_person(image, scene.person, (cx, cy, r))
+            draw_person(image, scene.person, (cx, cy, r))
         else:
             _paste(image, scene, (cx, cy, r))
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
@@ -196,7 +185,7 @@ def mask(scene: Scene, placement: Placement) -> Image.Image:
     box = (placement.x * side, placement.y * side, placement.radius * side)
     if scene.person is not None:
         canvas = Image.new("RGB", (side, side), (255, 0, 255))
-        _draw_person(canvas, scene.person, box)
+        draw_person(canvas, scene.person, box)
         covered = (np.asarray(canvas) != (255, 0, 255)).any(-1)
         found = Image.fromarray((covered * 255).astype(np.uint8))
     else:
@@ -307,36 +296,6 @@ _POLYGONS: dict[str, list[tuple[float, float]]] = {
     "star": _star(),
     "heart": _heart(),
 }
-
-
-def _draw_person(image: Image.Image, person: Person, box: _Box) -> None:
-    """A head and shoulders; the face is an ellipse of radius `box[2]` around the centre, a little above it."""
-    cx, cy, r = box[0], box[1] - box[2] * 0.15, box[2] * 0.95
-    half = r * person.width
-    pen = ImageDraw.Draw(image)
-    hair, skin = COLOURS[person.hair], SKINS[person.skin]
-    shoulders = (cx - r * 1.25, cy + r * 0.95, cx + r * 1.25, cy + r * 3)
-    if person.hair_style == "long":
-        pen.rounded_rectangle((cx - half * 1.25, cy - r * 1.05, cx + half * 1.25, cy + r * 1.25), r * 0.5, fill=hair)
-    pen.ellipse(shoulders, fill=COLOURS[person.shirt])
-    pen.rectangle((cx - r * 0.25, cy + r * 0.7, cx + r * 0.25, cy + r * 1.15), fill=skin)
-    pen.ellipse((cx - half * 1.08, cy - r * 1.08, cx + half * 1.08, cy + r * 0.6), fill=hair)
-    pen.ellipse((cx - half, cy - r * 0.75, cx + half, cy + r), fill=skin)
-    if person.hair_style == "spiky":
-        for k in range(-3, 4):
-            tip = cx + k * half * 0.4
-            foot, point = half * 0.25, cy - r * 1.35
-            pen.polygon([(tip - foot, cy - r * 0.6), (tip, point), (tip + foot, cy - r * 0.6)], fill=hair)
-    for side in (-1, 1):
-        ex, ey, size = cx + side * half * 0.42, cy + r * 0.02, r * 0.17
-        pen.ellipse((ex - size, ey - size, ex + size, ey + size), fill=(250, 250, 250))
-        iris = size * 0.72
-        pen.ellipse((ex - iris, ey - iris, ex + iris, ey + iris), fill=COLOURS[person.eyes])
-        if person.glasses:
-            rim = size * 1.6
-            pen.ellipse((ex - rim, ey - rim, ex + rim, ey + rim), outline=(20, 20, 20), width=max(2, round(r * 0.09)))
-    mouth = (cx - half * 0.4, cy + r * 0.2, cx + half * 0.4, cy + r * 0.7)
-    pen.arc(mouth, 20, 160, fill=(150, 40, 50), width=max(2, round(r * 0.1)))
 
 
 def contact_sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
