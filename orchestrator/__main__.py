@@ -40,7 +40,10 @@ change a study without editing it:
 """
 _CANCEL_SECONDS = 60
 
-out = Console()
+_WIDTH_OF_FILES = 160
+"""Columns of a table that goes to a file or a pipe."""
+
+out = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_FILES)
 err = Console(stderr=True)
 
 

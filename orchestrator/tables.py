@@ -36,9 +36,9 @@ def status_table(spec: StudySpec, trials: Sequence[TrialView]) -> Table:
     counted = sum(trial.state in {"COMPLETE", "PRUNED"} for trial in trials)
     table = Table(title=f"{spec.name}: {counted} of {spec.num_trials} trials", title_justify="left")
     table.add_column("trial", justify="right")
-    table.add_column("state")
-    for name in (*map(_short, spec.search), "value", *scores, "duration"):
-        table.add_column(name, justify="right")
+    table.add_column("state", no_wrap=True)
+    for name in (*short_names(list(spec.search)), "value", *scores, "duration"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("reason")
     for trial in trials:
         result = read_result(trial.run)
@@ -83,8 +83,18 @@ def write_best(spec: StudySpec, winner: TrialView, value: float) -> tuple[Path, 
     return path, plain
 
 
-def _short(path: str) -> str:
-    return path.removeprefix("train.").removeprefix("evaluate.")
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last words of dotted paths, as many as it takes to tell them apart."""
+
+    def last(path: str, count: int) -> str:
+        return ".".join(path.split(".")[-count:])
+
+    def num_words(path: str) -> int:
+        others = [other for other in paths if other != path]
+        lengths = range(1, path.count(".") + 2)
+        return next((n for n in lengths if all(last(other, n) != last(path, n) for other in others)), lengths[-1])
+
+    return [last(path, num_words(path)) for path in paths]
 
 
 def _cell(value: object) -> str:
@@ -95,7 +105,7 @@ def _score(result: RunResult | None, name: str) -> str:
     if result is None or name not in result.scores:
         return ""
     score = result.scores[name]
-    return f"{score.mean:.4f} ± {score.standard_error:.4f}"
+    return f"{score.mean:.4f}±{score.standard_error:.4f}"
 
 
 def _duration(trial: TrialView) -> str:

@@ -37,10 +37,13 @@ def study_file(tmp_path: Path) -> Path:
     return path
 
 
-def start(study_file: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def start(
+    study_file: Path, *arguments: str, command: str = "run", die_after: str | None = None
+) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.integration.controller_process", str(study_file), *arguments]
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    fate = ["--die-after", die_after] if die_after else []
+    words = [sys.executable, "-m", "tests.integration.controller_process", *fate, command, str(study_file), *arguments]
+    return subprocess.Popen(words, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
@@ -67,7 +70,6 @@ def jobs(study_file: Path) -> list[psutil.Process]:
 
 def check(study_file: Path) -> None:
     """Exactly the wanted trials, each trained once from start to end, with the parameters that were asked for."""
-    sys.modules.pop("tests.integration.controller_process", None)
     spec, _ = load_study(study_file, ["launcher={kind: local}"])
     trials = read_study(spec).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * TRIALS
@@ -100,6 +102,16 @@ def test_controllers_and_jobs_killed_at_random_lose_and_repeat_nothing(study_fil
     check(study_file)
 
 
+@pytest.mark.parametrize("place", ["ask", "freeze", "submit", "tell"])
+def test_a_controller_killed_between_two_steps_of_a_trial_goes_on(study_file: Path, place: str):
+    once = ("--set", "limits.max_retries=0", "--set", "limits.parallel=1")
+    doomed = start(study_file, *once, die_after=place)
+    doomed.communicate(timeout=120)
+    assert doomed.returncode == -signal.SIGKILL
+    finish(start(study_file, *once))
+    check(study_file)
+
+
 def test_a_job_that_outlived_its_controller_is_adopted(study_file: Path):
     behaviour = study_file.parent / "runs" / "t" / "behaviour.txt"
     behaviour.parent.mkdir(parents=True)
@@ -129,6 +141,24 @@ def test_an_interrupted_controller_leaves_no_job_and_goes_on_later(study_file: P
     _, err = controller.communicate(timeout=120)
     assert controller.returncode == 130, err.decode()
     assert b"the same command goes on from here" in err
+    assert not jobs(study_file)
+    behaviour.unlink()
+    finish(start(study_file, "--set", "limits.max_retries=0"))
+    check(study_file)
+
+
+@pytest.mark.parametrize("controller_lives", [True, False])
+def test_cancel_ends_jobs_and_controller_and_the_study_goes_on_later(study_file: Path, *, controller_lives: bool):
+    behaviour = study_file.parent / "runs" / "t" / "behaviour.txt"
+    behaviour.parent.mkdir(parents=True)
+    behaviour.write_text("hang")
+    controller = start(study_file)
+    wait_for(lambda: len(jobs(study_file)) == 2)
+    if not controller_lives:
+        controller.kill()
+    finish(start(study_file, command="cancel"))
+    controller.communicate(timeout=120)
+    assert controller.returncode == (130 if controller_lives else -signal.SIGKILL)
     assert not jobs(study_file)
     behaviour.unlink()
     finish(start(study_file, "--set", "limits.max_retries=0"))

@@ -19,6 +19,7 @@ from orchestrator.__main__ import main
 from orchestrator.controller import Controller
 from orchestrator.ledger import read_trials
 from orchestrator.storage import controller_lock, open_study
+from orchestrator.tables import short_names
 from orchestrator.views import run_dir, trial_views
 from tests.orchestrator.studies import TREE, build_world, load, score
 from trainers.rundir import RunError
@@ -233,7 +234,7 @@ def test_status_shows_every_trial(call: Any, world: Path, monkeypatch: pytest.Mo
     finish(world.parent, 0.1, 0.2)
     answer = call("status", str(world))
     assert answer.code == 0
-    for part in ("2 of 8 trials", "complete", "0.2000 ± 0.0100", "0.6000 ± 0.0100", "optimizer.lr", "0.001"):
+    for part in ("2 of 8 trials", "complete", "0.2000±0.0100", "0.6000±0.0100", " lr ", " rank ", "0.001"):
         assert part in answer.out, answer.out
 
 
@@ -250,6 +251,12 @@ def test_what_is_shown_is_what_optuna_stored(world: Path):
     assert [replace(view, params={}) for view in shown] == [replace(view, params={}) for view in stored]
     assert [view.params for view in shown[:2]] == [view.params for view in stored[:2]]
     assert [view.state for view in shown] == ["COMPLETE", "COMPLETE", "PRUNED", "FAIL", "RUNNING"]
+
+
+def test_parameters_are_named_by_as_few_words_as_tell_them_apart():
+    assert short_names(["train.optimizer.lr", "train.lora.rank", "train.text_encoder_lora.rank", "seed"]) == [
+        "lr", "lora.rank", "text_encoder_lora.rank", "seed",
+    ]  # fmt: skip
 
 
 def test_best_writes_the_winner(call: Any, world: Path):
