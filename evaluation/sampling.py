@@ -2,8 +2,9 @@
 
 The initial latents of (prompt, seed) come from a CPU generator of their own (`noise_rng`), so world size and batch size
 change nothing but floating-point noise, and no two prompts share latents: standard errors are clustered by prompt, and
-one unlucky latent in all prompts would be invisible to them. Within a denoiser call, rows stand term after term, each with all pictures of the batch: with classifier-free guidance
-[null of every picture, prompt of every picture], the layout of the stock pipeline.
+one unlucky latent in all prompts would be invisible to them. Within a denoiser call, rows stand term after term, each
+with all pictures of the batch: with classifier-free guidance [null of every picture, prompt of every picture], the
+layout of the stock pipeline.
 """
 
 from __future__ import annotations

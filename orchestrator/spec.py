@@ -63,7 +63,7 @@ class StudySpec(Config):
     tracker: Tracker = MlflowTracker()
     limits: Limits = Limits()
     confirm_seeds: int = Field(default=4, ge=0)
-    """Fresh seeds per prompt on which the winner, the defaults and the base are compared at the end; 0 is no comparison."""
+    """Fresh seeds per prompt on which winner, defaults and base are compared at the end; 0 is no comparison."""
 
     @property
     def root(self) -> Path:

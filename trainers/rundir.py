@@ -16,7 +16,6 @@ from pydantic import BeforeValidator
 from trainers.config import Config
 from trainers.errors import ConfigError
 
-
 Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A number that may be undefined: NaN in memory, `null` in a JSON file."""
 
@@ -159,8 +158,8 @@ def thaw(path: Path, expected: str | None = None) -> dict[str, Any]:
     recorded = head.removeprefix("sha256: ")
     if digest != recorded or (expected is not None and expected != digest):
         raise ConfigError(
-            f"{path}: content hash is {digest[:12]}, expected {(expected or recorded)[:12]}; a frozen trial must not be "
-            "edited: change the study file and start a new study"
+            f"{path}: content hash is {digest[:12]}, expected {(expected or recorded)[:12]}; a frozen trial must not "
+            "be edited: change the study file and start a new study"
         )
     return yaml.safe_load(body)
 

@@ -130,7 +130,8 @@ def main() -> None:
             base = base or truth
             gain = paired_difference(truth, base)
             scores = {
-                name: float(np.mean([record.values[name] for record in records])) for name in ("clip_t", "clip_i", "aesthetic")
+                name: float(np.mean([record.values[name] for record in records]))
+                for name in ("clip_t", "clip_i", "aesthetic")
             }
             row = {"rate": point.rate, "rank": point.rank, "steps": point.steps, "truth": np.mean([*truth.values()])}
             row |= {
