@@ -266,6 +266,8 @@ def _replay(options: argparse.Namespace) -> int:
     for name, score in result.before.items():
         again = result.after[name].mean if name in result.after else None
         out.print(f"{name}: {score.mean!r} -> {again!r}", highlight=False)
+    for name, (then, now) in result.changed_versions.items():
+        out.print(f"{name} was {then} and is {now}", soft_wrap=True, highlight=False)
     out.print(
         f"{'equal' if result.is_equal else 'different'} scores; the repetition is in {result.run.path}", soft_wrap=True
     )

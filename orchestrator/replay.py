@@ -31,6 +31,8 @@ class Replay:
     """The repetition."""
     before: Mapping[str, Score]
     after: Mapping[str, Score]
+    changed_versions: Mapping[str, tuple[str, str]]
+    """What differs between the code and libraries of the two, by name."""
 
     @property
     def is_equal(self) -> bool:
@@ -68,7 +70,10 @@ def replay(folder: Path) -> Replay:
         error = RunError.model_validate_json(run.error.read_text(encoding="utf-8")) if run.error.exists() else None
         got = f"{error.reason}: {error.message}" if error else "a job that ended without a result"
         raise LaunchError(f"{run.path}: got {got}; expected scores; see {run.log}")
-    return Replay(run, before.scores, after.scores)
+    names = sorted(before.versions.keys() & after.versions.keys())
+    versions = {name: (before.versions[name], after.versions[name]) for name in names}
+    changed = {name: pair for name, pair in versions.items() if pair[0] != pair[1]}
+    return Replay(run, before.scores, after.scores, changed)
 
 
 @contextmanager
