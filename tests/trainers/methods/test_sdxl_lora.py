@@ -7,9 +7,10 @@ from safetensors import safe_open
 
 from tests.contracts.method import MethodContract, weights
 from trainers.batch import Batch, Geometry
-from trainers.errors import DataError
+from trainers.errors import DataError, ModelError
 from trainers.loop import fit
 from trainers.rundir import RunDir
+from trainers.train import load_backbone
 
 TEXT = {"rank": 2, "lr_scale": 0.5}
 FOUR = Batch(0, (0, 1, 2, 3), (0, 1, 2, 3))
@@ -89,6 +90,29 @@ def test_the_adapter_loads_in_the_stock_pipeline(make_config, accelerator, tmp_p
     with torch.no_grad(), backbone.adapter_scale(0.0):
         condition = backbone.condition(backbone.encode_prompts(["a", "b"]), [Geometry.whole(64, 64)] * 2)
         torch.testing.assert_close(backbone.denoise(x_t, torch.tensor([7, 700]), condition), base, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("text", [None, TEXT])
+def test_a_saved_adapter_loads_into_a_fresh_backbone_frozen(make_config, accelerator, tmp_path, text):
+    method = make_config(lora={"rank": 4, "alpha": 1.5}, text_encoder_lora=text).build(0, None, accelerator)
+    shake(method)
+    method.export(tmp_path / "adapter")
+    fresh = load_backbone(method.config, accelerator)
+    fresh.load_adapter(tmp_path / "adapter")
+    x_t, _ = inputs(fresh)
+    answers = []
+    for backbone in (method.backbone, fresh):
+        with torch.no_grad():
+            condition = backbone.condition(backbone.encode_prompts(["a", "b"]), [Geometry.whole(64, 64)] * 2)
+            answers.append(backbone.denoise(x_t, torch.tensor([7, 700]), condition))
+    torch.testing.assert_close(*answers, atol=1e-6, rtol=0)
+    assert not any(p.requires_grad for network in (fresh.denoiser, *fresh.text_encoders) for p in network.parameters())
+
+
+def test_a_folder_without_an_adapter_is_an_error(make_config, accelerator, tmp_path):
+    backbone = load_backbone(make_config(), accelerator)
+    with pytest.raises(ModelError, match="expected the adapter of a finished trial"):
+        backbone.load_adapter(tmp_path)
 
 
 def test_adapter_scale_is_a_scale_of_the_weights_and_is_undone(make_config, accelerator):
