@@ -83,10 +83,18 @@ class Controller:
     def stop(self) -> None:
         """End all jobs; running trials go on from their checkpoints when the study is run again."""
         for frozen in self._trials(TrialState.RUNNING):
-            if job_id := frozen.user_attrs.get("job_id"):
-                self.spec.launcher.cancel(JobId(job_id))
+            if job_id := self._live_job(frozen):
+                self.spec.launcher.cancel(job_id)
                 self._attach(frozen).set_user_attr("job_id", "")  # ended by us: not lost
                 log.info("trial %d: its job is ended; it goes on when the study is run again", frozen.number)
+
+    def _live_job(self, frozen: FrozenTrial) -> JobId | None:
+        """The trial's job, also one that was submitted when we were interrupted before its id could be noted."""
+        if known := frozen.user_attrs.get("job_id"):
+            return JobId(known)
+        if "sha256" not in frozen.user_attrs:
+            return None
+        return self.spec.launcher.find(self._job(self._attach(frozen), run_dir(self.spec.root, frozen.number)))
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states or None)
