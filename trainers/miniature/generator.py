@@ -34,6 +34,7 @@ def train_vae(pictures: Pictures, steps: int, seed: int) -> AutoencoderKL:
     torch.manual_seed(seed)
     vae = build_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
+    # Only the first half of the cycle: the moving average settles what the high rate leaves, and the decoder trains on.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=2 * steps, pct_start=0.1)
     average = EMAModel(vae.parameters(), decay=0.995)
     for step in range(steps):
