@@ -276,6 +276,19 @@ def test_an_interrupted_controller_ends_its_jobs_and_the_trials_go_on_later(clus
     assert all("lost" not in trial.user_attrs for trial in study.trials)
 
 
+def test_an_interrupt_before_a_jobs_id_is_noted_ends_that_job_too(cluster: Cluster, tmp_path: Path):
+    def interrupt_once() -> None:
+        if cluster.jobs and not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+
+    interrupted: list[bool] = []
+    cluster.maybe_crash = interrupt_once
+    with pytest.raises(KeyboardInterrupt):
+        drive(spec_of(tmp_path))
+    assert cluster.cancelled == ["0"]
+
+
 def test_a_job_that_takes_too_long_is_ended_and_counts_as_lost(cluster: Cluster, tmp_path: Path):
     cluster.behaviour = lambda run: None
     sets = ("launcher.timeout_minutes=1e-9", "limits.max_retries=0", "limits.trials=1")
