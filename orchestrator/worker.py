@@ -111,7 +111,7 @@ def _work(run: RunDir, sha256: str, cache: Path) -> None:
 
         result = RunResult(
             scores=scores,
-            seconds=seconds | _stage_seconds(run),
+            seconds=seconds | stage_seconds(run),
             peak_bytes=max(trained.peak_bytes, peak_bytes(accelerator.device)),
             versions=versions(),
         )
@@ -132,7 +132,7 @@ def _evaluate(
         return evaluate(method.backbone, config, [example.path for example in method.held_out], run, cache, ranks)
 
 
-def _stage_seconds(run: RunDir) -> dict[str, float]:
+def stage_seconds(run: RunDir) -> dict[str, float]:
     """Wall-clock seconds of the stages that were completed, over all attempts."""
     seconds: dict[str, float] = {}
     started: dict[str, float] = {}

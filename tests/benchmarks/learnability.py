@@ -1,6 +1,6 @@
 """Can an adapter learn something new in the miniature world, and does it matter how? A dense grid, judged by pixels.
 
-    python tests/benchmarks/learnability.py zog      # a held-out subject; `bim` is a held-out style
+    python -m tests.benchmarks.learnability zog      # a held-out subject; `bim` is a held-out style
 
 Every point is an ordinary trial (the project's own training, sampling and scoring). `truth` is the geometric mean of
 how well object and background match what was asked for, from pixels alone (`trainers/miniature/truth.py`); its
@@ -15,6 +15,7 @@ import platform
 import random
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from scipy.stats import spearmanr
 
 from evaluation.config import EvaluateConfig
 from evaluation.evaluate import evaluate
+from evaluation.metric import Sample
 from evaluation.records import Record, read_records
 from evaluation.statistics import paired_difference
 from trainers.methods.sdxl_lora import SdxlLoraConfig
@@ -101,12 +103,12 @@ def trial(concept: str, point: Point, run: RunDir, cache: Path) -> list[Record]:
     return read_records(run.records)
 
 
-def truths(records: list[Record], run: RunDir, scenes: dict[str, Scene]) -> dict[tuple[str, int], float]:
+def requested_truths(samples: Iterable[Sample], scenes: dict[str, Scene]) -> dict[tuple[str, int], float]:
     """The pixel truth of every sample."""
     found = {}
-    for record in records:
-        pixels = torch.from_numpy(np.array(Image.open(run.path / record.file))).permute(2, 0, 1)[None]
-        found[record.prompt, record.seed] = compare(to_unit(pixels), scenes[record.prompt])[0].whole
+    for sample in samples:
+        pixels = torch.from_numpy(np.array(sample.image)).permute(2, 0, 1)[None]
+        found[sample.prompt, sample.seed] = compare(to_unit(pixels), scenes[sample.prompt])[0].whole
     return found
 
 
@@ -126,7 +128,8 @@ def main() -> None:
         for index, point in enumerate([Point(0, 2, 1), *grid]):
             started, run = time.monotonic(), RunDir(Path(folder) / str(index))
             records = trial(arguments.concept, point, run, Path(folder) / "cache")
-            truth = truths(records, run, scenes)
+            samples = (Sample(r.prompt, r.seed, Image.open(run.path / r.file)) for r in records)
+            truth = requested_truths(samples, scenes)
             base = base or truth
             gain = paired_difference(truth, base)
             scores = {
@@ -168,30 +171,44 @@ def write(concept: str, table: pd.DataFrame, strips: dict[Point, list[Image.Imag
         "0.6 clip_t + 0.04 aesthetic": 0.6 * table.clip_t + 0.04 * table.aesthetic,
         "clip_i + clip_t + 0.1 aesthetic": table.clip_i + table.clip_t + 0.1 * table.aesthetic,
     }
+    base = table[table.rate == 0].iloc[0]
     lines = [
         f"# Learnability: {concept}",
         "",
-        f"`python tests/benchmarks/learnability.py {concept}` on {platform.machine()}, torch {torch.__version__}.",
+        f"`python -m tests.benchmarks.learnability {concept}` on {platform.machine()}, torch {torch.__version__};",
+        f"every number is in [learnability_{concept}.csv](learnability_{concept}.csv).",
         "Rows of the picture: the base, then the learning rates in rising order at the best rank and number of steps.",
         "",
         f"![pictures](learnability_{concept}.png)",
         "",
+        f"Truth, from 0 to 1. The base has {base.truth:.3f}. Arrows: the 95 % interval of the difference to",
+        "the base lies above or below 0.",
+        "",
+        *_grid(trials),
+        "",
+        f"Best: rate {best.rate:g}, rank {best['rank']:.0f}, {best.steps:.0f} steps: {best.truth:.3f}, "
+        f"better than the base by {best.gain:.3f} ({best.low:.3f} to {best.high:.3f}).",
+        "",
         "| objective | rank correlation with the truth |",
         "| --- | --: |",
         *(f"| {name} | {spearmanr(values, table.truth).statistic:.2f} |" for name, values in objectives.items()),
-        "",
-        "`gain` is truth minus the base's, with a 95 % interval.",
-        "",
-        "| rate | rank | steps | truth | gain | 95 % interval | clip_t | clip_i | aesthetic | s |",
-        "| --: | --: | --: | --: | --: | :-: | --: | --: | --: | --: |",
     ]
-    lines.extend(
-        f"| {row.rate:g} | {row.rank} | {row.steps} | {row.truth:.3f} | {row.gain:+.3f} "
-        f"| {row.low:+.3f} … {row.high:+.3f} | {row.clip_t:.3f} | {row.clip_i:.3f} | {row.aesthetic:.2f} "
-        f"| {row.seconds:.0f} |"
-        for row in table.itertuples()
-    )
     (RESULTS / f"learnability_{concept}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    table.round(5).to_csv(RESULTS / f"learnability_{concept}.csv", index=False)
+
+
+def _grid(trials: pd.DataFrame) -> list[str]:
+    columns = list(itertools.product(RANKS, STEPS))
+    cells = {(row.rate, row.rank, row.steps): row for row in trials.itertuples()}
+    lines = ["| rate | " + " | ".join(f"rank {rank}, {steps} steps" for rank, steps in columns) + " |"]
+    lines.append("| --: |" + " --: |" * len(columns))
+    for rate in RATES:
+        found = [cells.get((rate, *column)) for column in columns]
+        words = [
+            "" if c is None else f"{c.truth:.3f} {'↑' if c.low > 0 else '↓' if c.high < 0 else ' '}" for c in found
+        ]
+        lines.append(f"| {rate:g} | " + " | ".join(words) + " |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -94,10 +95,11 @@ def test_controllers_and_jobs_killed_at_random_lose_and_repeat_nothing(study_fil
             wait_for(lambda controller=controller: database.exists() or controller.poll() is not None)
         time.sleep(rng.uniform(0, 2))
         controller.kill()
-        controller.communicate()
+        controller.communicate(timeout=120)
         for job in jobs(study_file):
             if rng.random() < 0.5:
-                job.kill()
+                with suppress(psutil.NoSuchProcess):  # it had just ended
+                    job.kill()
     finish(start(study_file))
     check(study_file)
 
@@ -119,7 +121,7 @@ def test_a_job_that_outlived_its_controller_is_adopted(study_file: Path):
     controller = start(study_file, "--set", "limits.parallel=1")
     wait_for(lambda: jobs(study_file))
     controller.kill()
-    controller.communicate()
+    controller.communicate(timeout=120)
     (job,) = jobs(study_file)
     controller = start(study_file, "--set", "limits.parallel=1")
     time.sleep(5)  # long enough to have submitted another one

@@ -51,6 +51,7 @@ def address(study: FakeStudy) -> Iterator[str]:
             yield next(found[0] for line in server.stdout if (found := re.findall(r"http://\S+", line)))
         finally:
             server.send_signal(signal.SIGTERM)
+            server.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,10 @@ def page(chromium: str, address: str, profile: Path) -> str:
         "--headless=new",
         "--no-sandbox",
         "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
         "--window-size=1500,4300",
         f"--user-data-dir={profile}",
     ]

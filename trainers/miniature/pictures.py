@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from typing import cast
 
 import numpy as np
@@ -53,16 +52,12 @@ def wide(count: int, seed: int) -> Pictures:
 
 
 def _drawn(count: int, seed: int, scene: Callable[[random.Random], Scene]) -> Pictures:
-    jobs = [(scene, f"{seed}/{index}") for index in range(count)]
-    with get_context("fork").Pool() as pool:
-        drawn = pool.map(_one, jobs, chunksize=200)
+    drawn = [_one(scene, random.Random(f"{seed}/{index}")) for index in range(count)]
     pixels = torch.from_numpy(np.stack([picture for picture, _ in drawn])).permute(0, 3, 1, 2).contiguous()
     return Pictures(pixels, tuple(scene for _, scene in drawn))
 
 
-def _one(job: tuple[Callable[[random.Random], Scene], str]) -> tuple[np.ndarray, Scene]:
-    make, seed = job
-    rng = random.Random(seed)
+def _one(make: Callable[[random.Random], Scene], rng: random.Random) -> tuple[np.ndarray, Scene]:
     scene = make(rng)
     return np.asarray(draw(scene, random_placement(rng))), scene
 
