@@ -86,7 +86,8 @@ def evaluate(
         records.sort(key=lambda record: places[Request(record.prompt, record.seed)])
         if ranks.rank == 0:
             write_records(run.records, records)
-            _save(draw_grid(run.path, records), run.samples / "grid.png")
+            pictures = {(record.prompt, f"seed {record.seed}"): run.path / record.file for record in records}
+            _save(draw_grid(pictures), run.samples / "grid.png")
     return {
         name: _summarise(panel(records, name), scorer.model, higher_is_better=config.metrics[name].higher_is_better)
         for name, scorer in scorers.items()

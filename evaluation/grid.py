@@ -1,11 +1,9 @@
-"""A panel on one sheet, for people to look at: a row per prompt, a column per seed."""
+"""Pictures on one sheet, for people to look at: a row per prompt, a column per seed or contestant."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-
-from evaluation.records import Record
 
 _CELL = (128, 256)
 """A small picture is enlarged to the first number of pixels, a large one reduced to the second."""
@@ -15,23 +13,23 @@ _GAP = 6
 _PAPER, _INK = "white", "black"
 
 
-def draw_grid(folder: Path, records: Sequence[Record]) -> Image.Image:
-    """Lay out the pictures of `records`, whose files are relative to `folder`; a missing combination stays blank."""
-    prompts = list(dict.fromkeys(record.prompt for record in records))
-    seeds = list(dict.fromkeys(record.seed for record in records))
+def draw_grid(pictures: Mapping[tuple[str, str], Path]) -> Image.Image:
+    """Lay out picture files by the labels of their row and column; a missing combination stays blank."""
+    rows = list(dict.fromkeys(row for row, _ in pictures))
+    columns = list(dict.fromkeys(column for _, column in pictures))
     font = ImageFont.load_default(_FONT_SIZE)
-    with Image.open(folder / records[0].file) as first:
+    with Image.open(next(iter(pictures.values()))) as first:
         cell = min(max(first.width, _CELL[0]), _CELL[1])
     step, top = cell + _GAP, _FONT_SIZE + 2 * _GAP
-    sheet = Image.new("RGB", (_LABEL_WIDTH + len(seeds) * step + _GAP, top + len(prompts) * step), _PAPER)
+    sheet = Image.new("RGB", (_LABEL_WIDTH + len(columns) * step + _GAP, top + len(rows) * step), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    for column, seed in enumerate(seeds):
-        pen.text((_LABEL_WIDTH + column * step + _GAP, _GAP), f"seed {seed}", _INK, font)
-    for row, prompt in enumerate(prompts):
-        pen.multiline_text((_GAP, top + row * step), _wrap(prompt, font, cell), _INK, font)
-    for record in records:
-        x = _LABEL_WIDTH + seeds.index(record.seed) * step + _GAP
-        sheet.paste(_fit(folder / record.file, cell), (x, top + prompts.index(record.prompt) * step))
+    for x, label in enumerate(columns):
+        pen.text((_LABEL_WIDTH + x * step + _GAP, _GAP), label, _INK, font)
+    for y, label in enumerate(rows):
+        pen.multiline_text((_GAP, top + y * step), _wrap(label, font, cell), _INK, font)
+    for (row, column), file in pictures.items():
+        place = (_LABEL_WIDTH + columns.index(column) * step + _GAP, top + rows.index(row) * step)
+        sheet.paste(_fit(file, cell), place)
     return sheet
 
 

@@ -251,11 +251,13 @@ def _confirmed(spec: StudySpec, winner: int) -> Iterator[str]:
     """What fresh seeds said, if that was asked."""
     from orchestrator.confirm import Contest, read_confirmation
 
-    if found := read_confirmation(Contest(spec, winner)):
+    contest = Contest(spec, winner)
+    if found := read_confirmation(contest):
         yield f"on {found.num_samples} pictures with fresh seeds (95 % intervals):"
         for name, gain in found.advantages.items():
             values = f"{found.values['winner']:.4f} against {found.values[name]:.4f}"
             yield f"  better than the {name} by {gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}): {values}"
+        yield f"side by side: {contest.picture}"
 
 
 def _replay(options: argparse.Namespace) -> int:

@@ -66,6 +66,11 @@ class Contest:
         """The confirmation."""
         return self.run.path / "confirmation.json"
 
+    @property
+    def picture(self) -> Path:
+        """What tuning did, for people to look at: base, defaults and winner side by side, a row per prompt."""
+        return self.run.path / "comparison.png"
+
 
 def confirm(contest: Contest) -> Confirmation:
     """Judge the winner again, as a job of the study's launcher; at once if that was done before.
@@ -116,18 +121,23 @@ def _values(records: Sequence[Record], spec: StudySpec) -> dict[tuple[str, int],
 
 def _judge(contest: Contest) -> Confirmation:
     """Inside the job: draw and score every contestant."""
+    from evaluation.grid import draw_grid
     from evaluation.records import read_records
     from evaluation.statistics import estimate, paired_difference
 
     spec = contest.spec
     values: dict[str, dict[tuple[str, int], float]] = {}
-    for name, number in {"winner": contest.winner, "base": contest.winner, "defaults": 0}.items():
+    pictures: dict[tuple[str, str], Path] = {}
+    for name, number in {"base": contest.winner, "defaults": 0, "winner": contest.winner}.items():
         run, trial = RunDir(contest.run.path / name), RunDir(spec.root / "trials" / f"{number:04d}")
         if not trial.result.exists():  # the defaults failed: there is nothing to compare with
             continue
         frozen = TrialSpec.model_validate(thaw(trial.trial))
         _draw(spec, frozen, trial.adapter if name != "base" else None, run)
-        values[name] = _values(read_records(run.records), spec)
+        records = read_records(run.records)
+        values[name] = _values(records, spec)
+        pictures |= {(r.prompt, name): run.path / r.file for r in records if r.seed == _FRESH}
+    draw_grid(pictures).save(contest.picture)
     gains = {name: paired_difference(values["winner"], panel) for name, panel in values.items() if name != "winner"}
     return Confirmation(
         winner=contest.winner,

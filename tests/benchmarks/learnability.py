@@ -41,7 +41,7 @@ from trainers.train import build_accelerator, train
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "trainers" / "miniature" / "weights"
 RESULTS = Path(__file__).parent / "results"
-RATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 1e-2, 2e-2)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 RANKS = (2, 8, 16)
 STEPS = (100, 300, 500)
 SEEDS = (0, 1)

@@ -48,6 +48,7 @@ def die_after(place: str) -> None:
 
 if __name__ == "__main__":
     controller.WORKER = "tests.orchestrator.fake_worker"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if a shell started the tests in the background
     arguments = sys.argv[1:]
     if arguments[0] == "--die-after":
         die_after(arguments[1])

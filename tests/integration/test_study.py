@@ -60,6 +60,7 @@ def test_the_winner_is_written_down_and_was_compared_on_fresh_seeds(root: Path) 
     assert found.winner == best["trial"]
     assert set(found.values) == {"winner", "base", "defaults"}
     assert found.num_samples == 8
+    assert file.with_name("comparison.png").exists()
 
 
 def test_running_a_finished_study_again_starts_nothing(root: Path, study: Path) -> None:

@@ -2,149 +2,17 @@
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-import optuna
 import pytest
 from optuna.trial import TrialState
 
-from orchestrator.controller import Controller, StudyStoppedError
-from orchestrator.drawing import DrawingSampler
-from orchestrator.launcher import Job, JobId, JobState, Launcher
-from orchestrator.search import Pruner
-from orchestrator.spec import StudySpec
-from orchestrator.tracker import Tracker
-from tests.orchestrator.studies import load, score
-from trainers.errors import TrackerError
-from trainers.rundir import RunDir, RunError, thaw
-
-Behaviour = Callable[[RunDir], object]
-
-
-class Crash(BaseException):
-    """The controller is killed."""
-
-
-class Cluster:
-    """Survives controllers. Each job works over three polls; the rest is chance and `behaviour`."""
-
-    def __init__(self) -> None:
-        self.rng = random.Random(0)
-        self.crash = self.lose = 0.0
-        self.behaviour: Behaviour = score
-        self.jobs: dict[JobId, dict[str, Any]] = {}
-        self.cancelled: list[JobId] = []
-
-    def maybe_crash(self) -> None:
-        if self.rng.random() < self.crash:
-            raise Crash
-
-    def progress(self) -> None:
-        for job in self.jobs.values():
-            if job["state"] is JobState.ENDED:
-                continue
-            job["polls"] += 1
-            if self.rng.random() < self.lose:
-                job["state"] = JobState.ENDED
-            elif job["polls"] >= 3:
-                self.behaviour(job["run"])
-                job["state"] = JobState.ENDED
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:  # noqa: C901  three small classes, which see the cluster
-    """Registers launcher, tracker and pruner kinds for one test."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    the_cluster = Cluster()
-
-    class FakeLauncher(Launcher):
-        kind: Literal["fake"] = "fake"
-
-        def check(self) -> None: ...
-
-        def submit(self, job: Job) -> JobId:
-            the_cluster.maybe_crash()
-            job_id = JobId(str(len(the_cluster.jobs)))
-            the_cluster.jobs[job_id] = {"run": RunDir(job.run_dir), "polls": 0, "state": JobState.RUNNING, "job": job}
-            the_cluster.maybe_crash()  # submitted, but the controller never learnt it
-            return job_id
-
-        def find(self, job: Job) -> JobId | None:
-            the_cluster.maybe_crash()
-            for job_id, known in the_cluster.jobs.items():
-                if known["job"].token == job.token and known["state"] is JobState.RUNNING:
-                    return job_id
-            return None
-
-        def poll(self, job_id: JobId) -> JobState:
-            the_cluster.maybe_crash()
-            the_cluster.progress()
-            return the_cluster.jobs[job_id]["state"]
-
-        def cancel(self, job_id: JobId) -> None:
-            the_cluster.maybe_crash()
-            the_cluster.cancelled.append(job_id)
-            the_cluster.jobs[job_id]["state"] = JobState.ENDED
-
-    class BrokenTracker(Tracker):
-        kind: Literal["broken"] = "broken"
-        calls: ClassVar[list[int]] = []
-
-        def mirror(self, study, trials) -> None:
-            self.calls.append(len(trials))
-            raise TrackerError("the store is down")
-
-        def serve(self, name, root, port, say) -> None: ...
-
-    class Threshold(Pruner):
-        kind: Literal["threshold"] = "threshold"
-
-        def build(self) -> optuna.pruners.BasePruner:
-            return optuna.pruners.ThresholdPruner(lower=0.3)
-
-    yield the_cluster
-    for family, kind in ((Launcher, "fake"), (Tracker, "broken"), (Pruner, "threshold")):
-        family._kinds.pop(kind)
-
-
-def spec_of(folder: Path, *sets: str) -> StudySpec:
-    return load(folder, "launcher={kind: fake, poll_seconds: 1e-6}", *sets)
-
-
-STORAGES: dict[Path, optuna.storages.InMemoryStorage] = {}
-
-
-def drive(spec: StudySpec) -> tuple[optuna.Study, int]:
-    """Run the study to its end, starting the controller again whenever it is killed.
-
-    The storage is in memory: SQLite's part is tested with real processes in tests/integration.
-    """
-    storage = STORAGES.setdefault(spec.root, optuna.storages.InMemoryStorage())
-    for crashes in itertools.count():
-        study = optuna.create_study(
-            storage=storage,
-            study_name=spec.name,
-            direction="maximize",
-            load_if_exists=True,
-            sampler=DrawingSampler(spec.sampler, spec.search, spec.defaults()),
-            pruner=spec.pruner.build(),
-        )
-        try:
-            Controller(spec, study).run()
-        except Crash:
-            continue
-        return study, crashes
-    raise AssertionError
-
-
-def states(study: optuna.Study) -> list[str]:
-    return [trial.state.name for trial in study.trials]
-
-
-def fail_with(reason: Any, message: str = "why") -> Behaviour:
-    return lambda run: run.write(run.error, RunError(reason=reason, message=message))
+from orchestrator.controller import StudyStoppedError
+from orchestrator.launcher import JobId
+from tests.orchestrator.cluster import Cluster, drive, fail_with, spec_of, states
+from tests.orchestrator.studies import score
+from trainers.rundir import RunDir, thaw
 
 
 def test_a_study_ends_with_exactly_its_number_of_scored_trials(cluster: Cluster, tmp_path: Path):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from trainers.backbones.sdxl import SdxlConfig
 from trainers.cache import Cache
 from trainers.miniature import recipe
 from trainers.miniature.world import caption, subject
+
+WEIGHTS = Path(recipe.__file__).parent / "weights"
 
 
 @pytest.mark.slow
@@ -30,3 +33,14 @@ def test_photos_come_with_captions(tmp_path: Path) -> None:
     recipe.save_photos(tmp_path, scenes, seed=0)
     assert (tmp_path / "00.txt").read_text().strip() == caption(subject("zog", "blue"))
     assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_the_weights_that_ship_are_those_of_the_manifest() -> None:
+    manifest = json.loads((WEIGHTS / "manifest.json").read_text())
+    files = {str(path.relative_to(WEIGHTS)): path for path in WEIGHTS.rglob("*") if path.is_file()}
+    del files["manifest.json"]
+    assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()} == manifest["sha256"]
+
+
+def test_the_weights_that_ship_are_small() -> None:
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 60e6
