@@ -62,8 +62,12 @@ class LocalLauncher(Launcher):
             )
 
     def command(self, job: Job) -> tuple[str, ...]:
-        """What is executed; `--standalone` takes a free port, so studies never clash."""
-        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+        """What is executed.
+
+        `--standalone` takes a free port, so studies never clash; without an address of its own, torchrun would look up
+        this machine's name, which waits for long where no server knows it.
+        """
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
         ranks = ("--nproc-per-node", str(self.num_processes), "--shutdown-timeout", str(_SHUTDOWN_SECONDS // 2))
         return (*torchrun, *ranks, "-m", job.module, *job.arguments)
 

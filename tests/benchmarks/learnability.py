@@ -43,7 +43,7 @@ WEIGHTS = ROOT / "trainers" / "miniature" / "weights"
 RESULTS = Path(__file__).parent / "results"
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 RANKS = (2, 8, 16)
-STEPS = (100, 300, 500)
+STEPS = (100, 300)
 SEEDS = (0, 1)
 
 
