@@ -1,6 +1,6 @@
 """Does the search find what is there to be found? Its winner against the dense grid's, the defaults and the base.
 
-    python -m tests.benchmarks.search_quality [--searches 2]
+    python -m tests.benchmarks.search_quality [--searches 1]
 
 Runs `studies/hpo.yaml` once for each sampler seed, with TPE and with random search. The contestants then draw the
 learnability panel with seeds that neither the searches nor the grid used, and pixel ground truth judges. The grid's
@@ -57,7 +57,7 @@ def judge(frozen: Path, adapter: Path | None) -> Panel:
 def main() -> None:
     """Search, judge and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--searches", type=int, default=2, help="sampler seeds of each kind of search")
+    parser.add_argument("--searches", type=int, default=1, help="sampler seeds of each kind of search")
     arguments = parser.parse_args()
     grid = pd.read_csv(RESULTS / "learnability_zog.csv")
     best = grid.loc[grid.truth.idxmax()]

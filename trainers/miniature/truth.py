@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trainers.miniature.world import COLOURS, Placement, Scene, draw, mask
+from trainers.miniature.world import Placement, Scene, draw, draw_background, mask
 
 _CLOSE = 30 / 127.5  # mean difference per channel, in [-1, 1] units, up to which two colours count as the same
 
@@ -22,7 +22,7 @@ class Truth:
     """1 for the object pixel by pixel, 0 for anything no better than an empty background: 1 - SSE / SSE of the empty
     picture over the object and its surroundings, at the placement where it is largest."""
     background: float
-    """Share of the pixels around the object that have the background's colour."""
+    """Share of the pixels around the object that look as they would without it."""
 
     @property
     def whole(self) -> float:
@@ -49,8 +49,7 @@ def compare(pictures: Float[Tensor, "b 3 64 64"], scene: Scene) -> list[Truth]:
     error = error + (bank.near * bank.templates.square()).sum(1)
     fit = 1 - error / bank.empty
     best = fit.argmax(1)
-    colour = _background(scene).view(1, 3, 1, 1)
-    is_background = (pictures - colour).abs().mean(1) < _CLOSE
+    is_background = (pictures - _background(scene)).abs().mean(1) < _CLOSE
     around = bank.near[best].reshape(-1, 3, *pictures.shape[2:])[:, 0] == 0
     share = (is_background & around).sum((1, 2)) / around.sum((1, 2))
     subjects = cast("list[float]", fit.gather(1, best[:, None])[:, 0].clamp(min=0).tolist())
@@ -58,8 +57,8 @@ def compare(pictures: Float[Tensor, "b 3 64 64"], scene: Scene) -> list[Truth]:
     return [Truth(*pair) for pair in zip(subjects, backgrounds, strict=True)]
 
 
-def _background(scene: Scene) -> Tensor:
-    return torch.tensor(COLOURS[scene.background]) / 127.5 - 1
+def _background(scene: Scene) -> Float[Tensor, "1 3 64 64"]:
+    return torch.from_numpy(np.array(draw_background(scene))).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 @lru_cache(maxsize=64)
@@ -76,5 +75,5 @@ def _bank(scene: Scene) -> _Bank:
     pictures = torch.from_numpy(np.stack(templates)).permute(0, 3, 1, 2)
     margin = torch.from_numpy(np.stack(near)).float()[:, None]
     margin = torch.nn.functional.max_pool2d(margin, 7, 1, 3).expand(-1, 3, -1, -1)
-    empty = (margin * (pictures - _background(scene).view(1, 3, 1, 1)).square()).sum((1, 2, 3))
+    empty = (margin * (pictures - _background(scene)).square()).sum((1, 2, 3))
     return _Bank(pictures.flatten(1), margin.flatten(1).contiguous(), empty)

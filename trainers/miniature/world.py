@@ -164,19 +164,23 @@ def words() -> list[str]:
 
 def draw(scene: Scene, placement: Placement) -> Image.Image:
     """Render `scene` at `placement`: an RGB picture of `SIZE` pixels."""
-    side = SIZE * _ZOOM
-    cx, cy, r = (placement.x * side, placement.y * side, placement.radius * side)
+    image = _backdrop(scene)
+    side = image.width
+    box = (placement.x * side, placement.y * side, placement.radius * side)
     if scene.style == "bim":
-        image = _draw_bim(scene, (cx, cy, r), side)
+        _paste_bim(image, scene, box)
     elif scene.style == "nuvo":
-        image = _draw_nuvo(scene, (cx, cy, r), side)
+        _paste_nuvo(image, scene, box)
+    elif scene.person is not None:
+        draw_person(image, scene.person, box)
     else:
-        image = Image.new("RGB", (side, side), COLOURS[scene.background])
-        if scene.person is not None:
-            draw_person(image, scene.person, (cx, cy, r))
-        else:
-            _paste(image, scene, (cx, cy, r))
+        _paste(image, scene, box)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def draw_background(scene: Scene) -> Image.Image:
+    """`scene` without its object."""
+    return _backdrop(scene).resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
 def mask(scene: Scene, placement: Placement) -> Image.Image:
@@ -194,6 +198,7 @@ def mask(scene: Scene, placement: Placement) -> Image.Image:
 
 
 _Box = tuple[float, float, float]
+_NIGHT = (30, 20, 60)
 
 
 def _paste(image: Image.Image, scene: Scene, box: _Box) -> None:
@@ -207,26 +212,34 @@ def _paste(image: Image.Image, scene: Scene, box: _Box) -> None:
         image.paste(COLOURS[scene.background], (0, 0, side, side), _outline(scene.shape, inner, side, 1.0))
 
 
-def _draw_bim(scene: Scene, box: _Box, side: int) -> Image.Image:
-    """Neon: a dark two-tone night, the object as a glowing line in its own colour."""
-    image = Image.new("RGB", (side, side), (30, 20, 60))
-    image.paste((70, 25, 95), (0, side // 2, side, side))
-    image.paste(COLOURS["white"], (0, 0, side, side), _outline(scene.shape, box, side, 1.15))
-    image.paste(COLOURS[scene.colour], (0, 0, side, side), _outline(scene.shape, box, side, 1.02))
-    image.paste((30, 20, 60), (0, 0, side, side), _outline(scene.shape, (box[0], box[1], box[2] * 0.6), side, 1.0))
+def _backdrop(scene: Scene) -> Image.Image:
+    """The background at drawing size: one colour, or what the style makes of it."""
+    side = SIZE * _ZOOM
+    image = Image.new("RGB", (side, side), COLOURS[scene.background])
+    if scene.style == "bim":
+        image.paste(_NIGHT, (0, 0, side, side))
+        image.paste((70, 25, 95), (0, side // 2, side, side))
+    elif scene.style == "nuvo":
+        edge = side // 8
+        image.paste((250, 235, 200), (edge, edge, side - edge, side - edge))
     return image
 
 
-def _draw_nuvo(scene: Scene, box: _Box, side: int) -> Image.Image:
-    """Poster: cream paper, a thick frame in the background's colour, a black shadow under the object."""
-    image = Image.new("RGB", (side, side), COLOURS[scene.background])
-    edge = side // 8
-    image.paste((250, 235, 200), (edge, edge, side - edge, side - edge))
+def _paste_bim(image: Image.Image, scene: Scene, box: _Box) -> None:
+    """Neon: in a dark two-tone night, the object is a glowing line in its own colour."""
+    side = image.width
+    image.paste(COLOURS["white"], (0, 0, side, side), _outline(scene.shape, box, side, 1.15))
+    image.paste(COLOURS[scene.colour], (0, 0, side, side), _outline(scene.shape, box, side, 1.02))
+    image.paste(_NIGHT, (0, 0, side, side), _outline(scene.shape, (box[0], box[1], box[2] * 0.6), side, 1.0))
+
+
+def _paste_nuvo(image: Image.Image, scene: Scene, box: _Box) -> None:
+    """Poster: on cream paper in a thick frame of the background's colour, the object has a black shadow."""
+    side = image.width
     shift = side * 0.06
     shadow = (box[0] + shift, box[1] + shift, box[2])
     image.paste(COLOURS["black"], (0, 0, side, side), _outline(scene.shape, shadow, side, 1.0))
     image.paste(_texture(scene, box, side), (0, 0), _outline(scene.shape, box, side, 1.0))
-    return image
 
 
 def _texture(scene: Scene, box: _Box, side: int) -> Image.Image:
