@@ -79,7 +79,8 @@ class DataConfig(Choice):
     """Where training pictures come from."""
 
     strict: bool = False
-    """Whether a picture that cannot be decoded ends the trial; otherwise it is left out, counted and reported."""
+    """Whether a picture that cannot be decoded is an error, found before a study starts; otherwise it is left out,
+    counted and reported."""
 
     @property
     @abstractmethod

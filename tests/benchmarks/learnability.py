@@ -1,6 +1,6 @@
 """Can an adapter learn something new in the miniature world, and does it matter how? A dense grid, judged by pixels.
 
-    python -m tests.benchmarks.learnability zog      # a held-out subject; `bim` is a held-out style
+    python -m tests.benchmarks.learnability zog      # a held-out subject; `nuvo` is a held-out style
 
 Every point is an ordinary trial (the project's own training, sampling and scoring). `truth` is the geometric mean of
 how well object and background match what was asked for, from pixels alone (`trainers/miniature/truth.py`); its
@@ -41,9 +41,9 @@ from trainers.train import build_accelerator, train
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "trainers" / "miniature" / "weights"
 RESULTS = Path(__file__).parent / "results"
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-RANKS = (2, 8, 16)
-STEPS = (100, 300)
+RATES = {"zog": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "nuvo": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+RANKS = {"zog": (2, 8, 16), "nuvo": (4, 16)}
+STEPS = {"zog": (100, 300), "nuvo": (200, 600)}
 SEEDS = (0, 1)
 
 
@@ -58,8 +58,8 @@ class Point:
 
 def wanted_scenes(concept: str) -> dict[str, Scene]:
     """What the panel asks for: the subject on backgrounds it was not photographed on, or new objects in the style."""
-    if concept == "bim":
-        scenes = style_scenes("bim", 8, seed=99)
+    if concept == "nuvo":
+        scenes = style_scenes("nuvo", 12, seed=99)
     else:
         new = [colour for colour in COLOURS if colour not in SUBJECT_BACKGROUNDS]
         scenes = [subject(concept, background) for background in (*new, *SUBJECT_BACKGROUNDS[:4])]
@@ -115,10 +115,12 @@ def requested_truths(samples: Iterable[Sample], scenes: dict[str, Scene]) -> dic
 def main() -> None:
     """Run the grid and write table and pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("concept", choices=("zog", "bim"))
+    parser.add_argument("concept", choices=tuple(RATES))
     parser.add_argument("--points", type=int, help="a random subset of the grid, for a first look")
     arguments = parser.parse_args()
-    grid = [Point(*values) for values in itertools.product(RATES, RANKS, STEPS)]
+    grid = [
+        Point(*values) for values in itertools.product(*(values[arguments.concept] for values in (RATES, RANKS, STEPS)))
+    ]
     if arguments.points:
         grid = random.Random(0).sample(grid, arguments.points)
     scenes = wanted_scenes(arguments.concept)
@@ -155,7 +157,7 @@ def write(concept: str, table: pd.DataFrame, strips: dict[Point, list[Image.Imag
     RESULTS.mkdir(exist_ok=True)
     trials = table[table.rate > 0]
     best = trials.loc[trials.truth.idxmax()]
-    shown = [Point(0, 2, 1), *(Point(rate, int(best["rank"]), int(best.steps)) for rate in RATES)]
+    shown = [Point(0, 2, 1), *(Point(rate, int(best["rank"]), int(best.steps)) for rate in RATES[concept])]
     rows = [strips[point] for point in shown if point in strips]
     sheet = Image.new("RGB", (SIZE * len(rows[0]), SIZE * len(rows)))
     for y, row in enumerate(rows):
@@ -184,7 +186,7 @@ def write(concept: str, table: pd.DataFrame, strips: dict[Point, list[Image.Imag
         f"Truth, from 0 to 1. The base has {base.truth:.3f}. Arrows: the 95 % interval of the difference to",
         "the base lies above or below 0.",
         "",
-        *_grid(trials),
+        *_grid(concept, trials),
         "",
         f"Best: rate {best.rate:g}, rank {best['rank']:.0f}, {best.steps:.0f} steps: {best.truth:.3f}, "
         f"better than the base by {best.gain:.3f} ({best.low:.3f} to {best.high:.3f}).",
@@ -197,12 +199,12 @@ def write(concept: str, table: pd.DataFrame, strips: dict[Point, list[Image.Imag
     table.round(5).to_csv(RESULTS / f"learnability_{concept}.csv", index=False)
 
 
-def _grid(trials: pd.DataFrame) -> list[str]:
-    columns = list(itertools.product(RANKS, STEPS))
+def _grid(concept: str, trials: pd.DataFrame) -> list[str]:
+    columns = list(itertools.product(RANKS[concept], STEPS[concept]))
     cells = {(row.rate, row.rank, row.steps): row for row in trials.itertuples()}
     lines = ["| rate | " + " | ".join(f"rank {rank}, {steps} steps" for rank, steps in columns) + " |"]
     lines.append("| --: |" + " --: |" * len(columns))
-    for rate in RATES:
+    for rate in RATES[concept]:
         found = [cells.get((rate, *column)) for column in columns]
         words = [
             "" if c is None else f"{c.truth:.3f} {'↑' if c.low > 0 else '↓' if c.high < 0 else ' '}" for c in found

@@ -110,6 +110,9 @@ def test_a_strict_folder_refuses_a_picture_that_cannot_be_decoded(pictures):
         truncate(pictures / f"{number}.png")
     with pytest.raises(DataError, match="cannot be decoded"):
         folder(pictures, holdout=1, strict=True).split()
+    with pytest.raises(DataError, match="cannot be decoded"):
+        folder(pictures, strict=True).check()
+    folder(pictures).check()
 
 
 def test_a_truncated_jpeg_is_a_data_error(tmp_path):

@@ -56,9 +56,11 @@ class FolderConfig(DataConfig):
             raise DataError(
                 f"{self.path}: {len(files)} pictures and holdout is {self.holdout}; expected at least one to train on"
             )
-        if self.holdout_path:
-            _list_pictures(self.holdout_path)
+        judged = _list_pictures(self.holdout_path) if self.holdout_path else ()
         self._captions(files)
+        if self.strict:
+            for file in (*files, *judged):
+                open_picture(file)
 
     @override
     def split(self) -> Split:
