@@ -43,7 +43,7 @@ class Launcher(Choice):
     """Ranks of a job: torchrun's nproc per node."""
     timeout_minutes: float = Field(default=24 * 60, gt=0)
     """A job that runs longer is ended and submitted again, up to `limits.max_retries` times."""
-    poll_seconds: float = Field(default=0.5, gt=0)
+    poll_seconds: float = Field(default=1.0, gt=0)
     """How often the controller looks at its jobs."""
 
     @abstractmethod

@@ -91,7 +91,10 @@ class _Training:
             for name, trained in method.trained().items()
             for key, parameter in trained.parameters().items()
         }
-        self.module: Any = accelerator.prepare_model(_Step(method, list(self.parameters.values())))
+        # A process on its own has nobody to average its gradients with; this keeps the precision and leaves that out.
+        alone = accelerator.num_processes == 1
+        step = _Step(method, list(self.parameters.values()))
+        self.module: Any = accelerator.prepare_model(step, evaluation_mode=alone)
         self.optimizer = _build_optimizer(method, config.optimizer)
         self.stepper: Any = accelerator.prepare_optimizer(self.optimizer)
         self.micro_batches = split_batch(config, accelerator.process_index, accelerator.num_processes)
