@@ -256,7 +256,8 @@ def _confirmed(spec: StudySpec, winner: int) -> Iterator[str]:
         yield f"on {found.num_samples} pictures with fresh seeds (95 % intervals):"
         for name, gain in found.advantages.items():
             values = f"{found.values['winner']:.4f} against {found.values[name]:.4f}"
-            yield f"  better than the {name} by {gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}): {values}"
+            verdict = "better than" if gain.low > 0 else "worse than" if gain.high < 0 else "not clearly different from"
+            yield f"  {verdict} the {name}: {gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}), {values}"
         yield f"side by side: {contest.picture}"
 
 
