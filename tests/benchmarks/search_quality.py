@@ -83,7 +83,7 @@ def write(panels: dict[str, Panel]) -> None:
         "",
         f"`python -m tests.benchmarks.search_quality` on {platform.machine()}, torch {torch.__version__}.",
         f"Pixel truth on {len(panels['base'])} pictures with fresh seeds; differences are paired, with 95 % intervals.",
-        "The searches see 16 trials each and only the learned scores; the grid's best of 63 was chosen by the truth.",
+        "The searches see 12 trials each and only the learned scores; the grid's best of 36 was chosen by the truth.",
         "",
         "| contestant | truth | minus base | minus defaults | minus best of the grid |",
         "| --- | --: | --: | --: | --: |",
