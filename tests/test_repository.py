@@ -88,7 +88,7 @@ def test_a_study_loads_and_survives_a_round_trip(path: Path) -> None:
 
 
 def test_every_file_speaks_of_the_project_alone() -> None:
-    texts = files("*.py", "*.md", "*.yaml", "*.yml", "*.toml", "*.txt", "Makefile", "run")
+    texts = files("*.py", "*.md", "*.yaml", "*.yml", "*.toml", "*.txt", "*.json", "*.csv", "*.log", "Makefile", "run")
     found = {name(path): [word for word in FOREIGN if word in path.read_text(encoding="utf-8")] for path in texts}
     assert {path: words for path, words in found.items() if words} == {}
 
