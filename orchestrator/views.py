@@ -27,8 +27,8 @@ def run_dir(root: Path, number: int) -> RunDir:
 def study_view(spec: StudySpec, study: optuna.Study) -> StudyView:
     """What does not change while a study runs."""
     text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    known = study.user_attrs.get("versions", [])
-    tags: dict[str, str] = dict(known[-1]) if known else {}
+    known: list[dict[str, str]] = study.user_attrs.get("versions", [])
+    tags = {f"version.{package}": version for package, version in known[-1].items()} if known else {}
     if len(known) > 1:
         tags["resumed_under_other_versions"] = str(len(known) - 1)
     return StudyView(

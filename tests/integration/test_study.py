@@ -74,6 +74,7 @@ def test_mlflow_has_one_run_for_each_trial_below_the_studys(root: Path) -> None:
     experiment = client.get_experiment_by_name("hpo")
     runs = client.search_runs([experiment.experiment_id], "tags.trial LIKE '%'")
     assert sorted(run.data.tags["trial"] for run in runs) == ["0", "1"]
+    assert all("version.torch" in run.data.tags and "torch" not in run.data.tags for run in runs)
     assert all("train.optimizer.lr" in " ".join(run.data.params) for run in runs)
 
 
