@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.encoders import ClipEncoders
 from evaluation.grid import draw_grid
-from evaluation.metric import Sample
 from evaluation.records import Record, panel, write_records
-from evaluation.sampling import Request, generate
 from evaluation.statistics import estimate
 from trainers.cache import Cache
 from trainers.data.transforms import open_picture
+from trainers.prompt import Prompt, Request, Sample
 from trainers.rundir import Score
+from trainers.sampling import generate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from evaluation.config import EvaluateConfig
     from evaluation.metric import Scorer
-    from trainers.backbone import Backbone
+    from trainers.backbone import Model
     from trainers.rundir import RunDir
 
 _MAX_SLUG = 40
@@ -43,21 +43,21 @@ class Ranks:
 
 
 def evaluate(
-    backbone: Backbone,
+    model: Model,
     config: EvaluateConfig,
     references: Sequence[Path],
     run: RunDir,
     cache: Path,
     ranks: Ranks | None = None,
 ) -> dict[str, Score]:
-    """Draw the panel with `backbone`, score it, and leave `samples/`, `grid.png` and `records.jsonl` in the run.
+    """Draw the panel with `model`, score it, and leave `samples/`, `grid.png` and `records.jsonl` in the run.
 
     Pictures go to ranks in turn, prompt after prompt. What an earlier attempt left behind is drawn again, so neither
     the number of ranks nor a crash changes a score by more than floating-point noise. Sampling runs under the
     caller's autocast; scoring is fp32 always.
 
     Args:
-        backbone: With the trained adapter active.
+        model: With the trained adapter active.
         config: The panel and its metrics.
         references: Held-out pictures.
         run: Seen by all ranks.
@@ -73,17 +73,17 @@ def evaluate(
         NonFiniteError: A picture came out with NaN or infinite pixels.
     """
     ranks = ranks or Ranks()
-    encoders = ClipEncoders(backbone.device, Cache(cache))
+    encoders = ClipEncoders(model.device, Cache(cache))
     scorers = {name: metric.open(encoders, references) for name, metric in config.metrics.items()}
     files = name_files(config.prompts, config.seeds)
     share = dict(list(files.items())[ranks.rank :: ranks.world])
     with _stage(run, "sample", ranks):
-        for sample in generate(backbone, list(share), config):
+        for sample in generate(model, list(share), config):
             _save(sample.image, run.path / share[Request(sample.prompt, sample.seed)])
     with _stage(run, "score", ranks):
         records: list[Record] = ranks.gather(score(run.path, share, scorers, config.batch_size))
-        places = {request: place for place, request in enumerate(files)}
-        records.sort(key=lambda record: places[Request(record.prompt, record.seed)])
+        places = {file: place for place, file in enumerate(files.values())}
+        records.sort(key=lambda record: places[record.file])
         if ranks.rank == 0:
             write_records(run.records, records)
             pictures = {(record.prompt, f"seed {record.seed}"): run.path / record.file for record in records}
@@ -94,11 +94,11 @@ def evaluate(
     }
 
 
-def name_files(prompts: Sequence[str], seeds: Sequence[int]) -> dict[Request, str]:
+def name_files(prompts: Sequence[Prompt], seeds: Sequence[int]) -> dict[Request, str]:
     """Every picture of a panel, prompt after prompt, and its file relative to the run directory."""
     files: dict[Request, str] = {}
     for (place, prompt), seed in product(enumerate(prompts), seeds):
-        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:_MAX_SLUG].strip("-")
+        words = re.sub(r"[^a-z0-9]+", "-", str(prompt).lower())[:_MAX_SLUG].strip("-")
         files[Request(prompt, seed)] = f"samples/{place:04d}_{words}_{seed}.png"
     return files
 
@@ -117,7 +117,7 @@ def score(folder: Path, files: Mapping[Request, str], scorers: Mapping[str, Scor
         columns = {name: scorer.values(samples) for name, scorer in scorers.items()}
         records += [
             Record(
-                prompt=request.prompt,
+                prompt=str(request.prompt),
                 seed=request.seed,
                 file=files[request],
                 values={name: column[row] for name, column in columns.items()},

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,16 +10,7 @@ from jaxtyping import Float32
 from PIL import Image
 
 from trainers.config import Choice
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture to be judged, and what it was asked to show."""
-
-    prompt: str
-    seed: int
-    image: Image.Image
-    """8-bit RGB."""
+from trainers.prompt import Sample
 
 
 class Encoder(ABC):

@@ -149,16 +149,14 @@ def _judge(contest: Contest) -> Confirmation:
 
 def _draw(spec: StudySpec, frozen: TrialSpec, adapter: Path | None, run: RunDir) -> None:
     from evaluation.evaluate import evaluate
-    from trainers.train import build_accelerator, load_backbone
+    from trainers.train import build_accelerator
 
     accelerator = build_accelerator(frozen.train)
-    backbone = load_backbone(frozen.train, accelerator)
-    if adapter is not None:
-        backbone.load_adapter(adapter)
+    model = frozen.train.load_trained(adapter, accelerator)
     config = frozen.evaluate.model_copy(update={"seeds": fresh_seeds(spec.confirm_seeds)})
     references = [example.path for example in frozen.train.data.split().held_out]
     with accelerator.autocast():
-        evaluate(backbone, config, references, run, spec.cache)
+        evaluate(model, config, references, run, spec.cache)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

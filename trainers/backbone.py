@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from typing_extensions import override
+
+from trainers.batch import NEGATIVE_AESTHETIC, Geometry
 from trainers.config import Choice
+from trainers.errors import ConfigError
+from trainers.loss import Prediction
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,8 +22,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor, nn
 
-    from trainers.batch import Geometry
     from trainers.diffusion import NoiseProcess
+    from trainers.prompt import Prompt
 
 
 SchedulerName = Literal["ddim", "euler", "dpmpp_2m"]
@@ -38,63 +43,127 @@ class TextEmbeddings:
     """Prompts as the denoiser sees them."""
 
     hidden: Float[Tensor, "b tokens width"]
-    """Penultimate hidden states of all text encoders, side by side."""
-    pooled: Float[Tensor, "b pooled"]
-    """Projected summary of the last text encoder."""
+    """Hidden states of all text encoders, side by side."""
+    pooled: Float[Tensor, "b pooled"] | None = None
+    """Projected summary of the last text encoder, if the denoiser wants one."""
+    mask: Int[Tensor, "b tokens"] | None = None
+    """1 where a token is meant, 0 at padding, if the denoiser wants to know."""
 
     def select(self, indices: Sequence[int]) -> TextEmbeddings:
         """The rows at `indices`, in that order; a row may be repeated."""
         rows = list(indices)
-        return TextEmbeddings(self.hidden[rows], self.pooled[rows])
+        return TextEmbeddings(**{name: value[rows] for name, value in self.tensors().items()})
 
     @staticmethod
     def cat(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
         """All rows of `parts`, in order."""
         import torch
 
-        return TextEmbeddings(torch.cat([part.hidden for part in parts]), torch.cat([part.pooled for part in parts]))
+        columns = [part.tensors() for part in parts]
+        return TextEmbeddings(**{name: torch.cat([column[name] for column in columns]) for name in columns[0]})
+
+    def to(self, device: torch.device) -> TextEmbeddings:
+        """The same on `device`."""
+        return TextEmbeddings(**{name: value.to(device) for name, value in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is, by name."""
+        named = {"hidden": self.hidden, "pooled": self.pooled, "mask": self.mask}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Condition:
     """Everything the denoiser is told besides x_t and t; one row an example."""
 
-    hidden: Float[Tensor, "b tokens width"]
-    pooled: Float[Tensor, "b pooled"]
-    time_ids: Float[Tensor, "b 6"]
-    """Original height and width, crop top and left, target height and width."""
+    text: TextEmbeddings
+    sizes: Float[Tensor, "b numbers"] | None = None
+    """What SDXL is told about sizes: original height and width, crop top and left, target height and width (the
+    refiner: an aesthetic score instead of the last two)."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+    """What a method's own attention processors are told, by argument name; each tensor has one row an example."""
 
     def select(self, indices: Sequence[int]) -> Condition:
         """The rows at `indices`, in that order; a row may be repeated."""
         rows = list(indices)
-        return Condition(self.hidden[rows], self.pooled[rows], self.time_ids[rows])
+        sizes = None if self.sizes is None else self.sizes[rows]
+        return Condition(self.text.select(rows), sizes, {name: value[rows] for name, value in self.extra.items()})
 
     @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
         """All rows of `parts`, in order."""
         import torch
 
+        sizes = [part.sizes for part in parts if part.sizes is not None]
         return Condition(
-            torch.cat([part.hidden for part in parts]),
-            torch.cat([part.pooled for part in parts]),
-            torch.cat([part.time_ids for part in parts]),
+            TextEmbeddings.cat([part.text for part in parts]),
+            torch.cat(sizes) if sizes else None,
+            {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra},
         )
 
 
-class Backbone(ABC):
+class Model(ABC):
+    """A denoiser that pictures can be drawn from: all that sampling needs to know."""
+
+    device: torch.device
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of a picture of height x width pixels."""
+
+    @abstractmethod
+    def prepare(
+        self, prompts: Sequence[Prompt | None], height: int, width: int, *, negative: str | None = None
+    ) -> Condition:
+        """What the denoiser is told, one row a prompt; each prompt is encoded alone, without gradients.
+
+        Args:
+            prompts: None is no prompt, which guidance starts from.
+            height: Of the pictures that are wanted, in pixels.
+            width: Likewise.
+            negative: Words to use where there is no prompt; null is what the stock pipeline does without any.
+
+        Raises:
+            ConfigError: A prompt says something that this model cannot be told.
+        """
+
+    @abstractmethod
+    def denoise(
+        self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"] | Float[Tensor, " b"], condition: Condition
+    ) -> Float[Tensor, "b c h w"]:
+        """The network's raw output, under the caller's autocast; the noise process says what it means."""
+
+    @abstractmethod
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Pictures, nominally in [-1, 1], float32 and not clipped, of scaled latents."""
+
+    @abstractmethod
+    def sampling_scheduler(self, name: SchedulerName) -> Any:
+        """A new diffusers scheduler on this model's own betas and prediction type."""
+
+    @abstractmethod
+    def adapter_scale(self, scale: float) -> AbstractContextManager[None]:
+        """Within the context all adapters, also those of the text encoders, act with weight `scale`."""
+
+
+class Backbone(Model):
     """A pretrained model, frozen when it is loaded."""
 
     denoiser: nn.Module
     vae: nn.Module
     text_encoders: tuple[nn.Module, ...]
-    device: torch.device
     dtype: torch.dtype
-    """Of the denoiser's and the text encoders' frozen weights; the autoencoder has its own."""
+    """Of the denoiser's frozen weights; the autoencoder and the text encoders have their own."""
     process: NoiseProcess
+    pipeline: Any
+    """diffusers' pipeline class, which saves and loads LoRA files of this model."""
+    text_layers: tuple[int, ...]
+    """How many layers of each text encoder the denoiser sees the work of: its last layer may go unused."""
 
+    @property
     @abstractmethod
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Channels, height and width of the latents of a picture of height x width pixels."""
+    def networks(self) -> Mapping[str, nn.Module]:
+        """What can be trained, by the name that a pipeline's folder gives it: denoiser first, then text encoders."""
 
     @abstractmethod
     def encode_image(self, pixels: Float[Tensor, "1 3 h w"]) -> Moments:
@@ -114,48 +183,38 @@ class Backbone(ABC):
             together: One forward pass for all, with gradients and under the caller's autocast: for training encoders.
         """
 
-    def encode_null(self) -> TextEmbeddings:
-        """One row: no prompt at all."""
-        return self.encode_prompts([None])
-
     @abstractmethod
     def condition(self, text: TextEmbeddings, geometries: Sequence[Geometry]) -> Condition:
         """Join embeddings and sizes, row by row."""
 
-    @abstractmethod
-    def denoise(
-        self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"] | Float[Tensor, " b"], condition: Condition
-    ) -> Float[Tensor, "b c h w"]:
-        """The network's raw output, under the caller's autocast; see `process` for what it means."""
-
-    @abstractmethod
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Pictures, nominally in [-1, 1], float32 and not clipped, of scaled latents."""
-
-    @abstractmethod
-    def sampling_scheduler(self, name: SchedulerName) -> Any:
-        """A new diffusers scheduler on this model's own betas and prediction type."""
-
-    @abstractmethod
-    def load_adapter(self, folder: Path) -> None:
-        """Add a trained adapter, frozen and active.
-
-        Raises:
-            ModelError: There is none in `folder`.
-        """
-
-    @abstractmethod
-    def adapter_scale(self, scale: float) -> AbstractContextManager[None]:
-        """Within the context all adapters, also those of the text encoders, act with weight `scale`."""
+    @override
+    def prepare(
+        self, prompts: Sequence[Prompt | None], height: int, width: int, *, negative: str | None = None
+    ) -> Condition:
+        for prompt in prompts:
+            if prompt is not None and not prompt.is_plain:
+                raise ConfigError(f"the prompt {str(prompt)!r} says more than words; expected text alone (this method)")
+        texts = self.encode_prompts([negative if prompt is None else prompt.text for prompt in prompts])
+        wanted = Geometry.whole(height, width)
+        poor = replace(wanted, aesthetic=NEGATIVE_AESTHETIC)
+        return self.condition(texts, [poor if prompt is None else wanted for prompt in prompts])
 
 
 class BackboneConfig(Choice):
     """Where a pretrained model is, and how to load it."""
 
+    lora_targets: ClassVar[tuple[str, ...]]
+    """The denoiser's layers that adapters are added to."""
+
     @property
     @abstractmethod
     def downscale(self) -> int:
         """Pixels per latent, along each axis."""
+
+    @property
+    @abstractmethod
+    def prediction(self) -> Prediction:
+        """What the denoiser predicts."""
 
     @abstractmethod
     def check(self) -> None:
@@ -180,6 +239,10 @@ class BackboneConfig(Choice):
     @abstractmethod
     def image_files(self) -> tuple[Path, ...]:
         """Files that determine what `encode_image` returns."""
+
+    @abstractmethod
+    def denoiser_files(self) -> tuple[Path, ...]:
+        """Files that determine the untrained denoiser."""
 
     @abstractmethod
     def text_files(self) -> tuple[Path, ...]:

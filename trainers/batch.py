@@ -4,15 +4,61 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import IntEnum
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from trainers.config import Choice
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
+    import torch
     from jaxtyping import Float
     from torch import Tensor
+
+
+class Stream(IntEnum):
+    """What a random number of an example is for."""
+
+    VAE = 0
+    NOISE = 1
+    TIMESTEP = 2
+    DROPOUT = 3
+    ORDER = 4
+    LAYERS = 5
+    OFFSET = 6
+
+
+def example_rng(seed: int, step: int, place: int, stream: Stream) -> torch.Generator:
+    """Randomness of one use of one row of one step's global batch, on the CPU.
+
+    It depends on nothing else: not on ranks, micro-batches, or whether training was interrupted.
+    """
+    import numpy as np
+    import torch
+
+    state = np.random.SeedSequence((seed, step, place, stream)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def init_seed(seed: int, network: int) -> int:
+    """Seed of the initial weights that are added to network number `network`."""
+    import numpy as np
+
+    return int(np.random.SeedSequence((seed, network)).generate_state(1, np.uint64)[0])
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, count: int, epoch: int) -> Any:
+    import numpy as np
+
+    return np.random.default_rng(np.random.SeedSequence((seed, epoch, Stream.ORDER))).permutation(count)
+
+
+AESTHETIC, NEGATIVE_AESTHETIC = 6.0, 2.5
+"""What the stock refiner pipeline asks for, and what guidance leads away from."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +83,8 @@ class Geometry:
     """Where the crop begins, in pixels of the resized picture (as in diffusers' trainer)."""
     target: tuple[int, int]
     """Size of the crop."""
+    aesthetic: float = AESTHETIC
+    """How beautiful the picture is, from 0 to 10; the refiner alone is told."""
 
     @classmethod
     def whole(cls, height: int, width: int) -> Geometry:
@@ -62,7 +110,7 @@ class Batch:
     places: tuple[int, ...]
     """Each row's place in the global batch. With `step` and the trial's seed it determines all that is drawn."""
     indices: tuple[int, ...]
-    """Each row's index into the method's list of examples."""
+    """Each row's index into the method's examples, and beyond them into what is held out."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +154,14 @@ class DataConfig(Choice):
         Raises:
             DataError: The file cannot be decoded.
         """
+
+    def pick(self, examples: Sequence[Example], seed: int, step: int, position: int) -> int:  # noqa: ARG002
+        """Index of the example at `position` of an endless stream, at optimizer step `step`.
+
+        A function of its arguments alone, so that neither resuming nor the number of processes changes what is seen.
+        Every epoch is a permutation, unless a kind says otherwise.
+        """
+        return int(_permutation(seed, len(examples), position // len(examples))[position % len(examples)])
 
     @property
     @abstractmethod

@@ -26,7 +26,8 @@ class Choice(Config):
 
     A direct subclass (`Launcher`) is a *family*. Each of its subclasses registers itself by declaring
     `kind: Literal["slurm"] = "slurm"`; a field typed with the family then accepts any of them. Adding a kind is
-    therefore adding a class, in one file, and touching nothing else.
+    therefore adding a class, in one file, and touching nothing else. A subclass without `kind` is what some kinds have
+    in common.
     """
 
     _kinds: ClassVar[dict[str, type["Choice"]]] = {}
@@ -36,6 +37,8 @@ class Choice(Config):
         super().__pydantic_init_subclass__(**kwargs)
         if Choice in cls.__bases__:
             cls._kinds = {}
+            return
+        if "kind" not in cls.model_fields:
             return
         kind = cls.model_fields["kind"].default
         if kind in cls._kinds:

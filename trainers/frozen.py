@@ -131,10 +131,10 @@ def encode_texts(frozen: Frozen, prompts: Iterable[str | None]) -> Texts:
 
     def make(i: int) -> Tensors:
         text = frozen.backbone.encode_prompts([distinct[i]])
-        return {"hidden": text.hidden.cpu(), "pooled": text.pooled.cpu()}
+        return {name: value.cpu() for name, value in text.tensors().items()}
 
     rows = frozen.share(lambda i: digest("text", *_spell(distinct[i]), network), make, len(distinct))
-    embeddings = TextEmbeddings.cat([TextEmbeddings(row["hidden"], row["pooled"]) for row in rows if row is not None])
+    embeddings = TextEmbeddings.cat([TextEmbeddings(**row) for row in rows if row is not None])
     return Texts({prompt: row for row, prompt in enumerate(distinct)}, embeddings)
 
 

@@ -5,18 +5,16 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
 from typing import Any, cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from trainers.batch import Batch
+from trainers.batch import Batch, Stream, example_rng
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.errors import CheckpointError, ConfigError, NonFiniteError
-from trainers.method import Method, MethodConfig, Stream, example_rng
+from trainers.method import Method, MethodConfig
 from trainers.optim import OptimizerConfig
 from trainers.rundir import RunDir
 
@@ -50,16 +48,6 @@ def fit(method: Method, config: MethodConfig, run: RunDir, accelerator: Accelera
                 training.save(step)
     # Gradients and the optimizer's moments make room for sampling.
     accelerator.free_memory()
-
-
-def order(seed: int, count: int, position: int) -> int:
-    """Index of the example at `position` of an endless stream: every epoch is a permutation of `count` examples."""
-    return int(_permutation(seed, count, position // count)[position % count])
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, count: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng(np.random.SeedSequence((seed, epoch, Stream.ORDER))).permutation(count)
 
 
 def split_batch(config: MethodConfig, rank: int, world: int) -> list[range]:
@@ -127,7 +115,7 @@ class _Training:
 
     def _backward(self, step: int, places: range) -> None:
         first = step * self.config.batch_size
-        indices = tuple(order(self.method.seed, len(self.method.examples), first + place) for place in places)
+        indices = tuple(self.method.pick(step, first + place) for place in places)
         # Dropout layers draw from the global stream, which must not remember an interruption.
         torch.manual_seed(example_rng(self.method.seed, step, places.start, Stream.LAYERS).initial_seed())
         loss = self.module(Batch(step, tuple(places), indices)) / self.config.batch_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import PositiveFloat, PositiveInt, model_validator
@@ -13,6 +12,7 @@ from trainers.backbone import BackboneConfig
 from trainers.batch import DataConfig
 from trainers.config import Choice
 from trainers.errors import DataError
+from trainers.loss import LossConfig
 from trainers.optim import AdamW, Cosine, OptimizerConfig, ScheduleConfig
 
 if TYPE_CHECKING:
@@ -24,31 +24,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-    from trainers.backbone import Backbone
+    from trainers.backbone import Backbone, Model
     from trainers.batch import Batch, Example
-
-
-class Stream(IntEnum):
-    """What a random number of an example is for."""
-
-    VAE = 0
-    NOISE = 1
-    TIMESTEP = 2
-    DROPOUT = 3
-    ORDER = 4
-    LAYERS = 5
-
-
-def example_rng(seed: int, step: int, place: int, stream: Stream) -> torch.Generator:
-    """Randomness of one use of one row of one step's global batch, on the CPU.
-
-    It depends on nothing else: not on ranks, micro-batches, or whether training was interrupted.
-    """
-    import numpy as np
-    import torch
-
-    state = np.random.SeedSequence((seed, step, place, stream)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
 
 
 @dataclass(frozen=True)
@@ -68,6 +45,7 @@ class Method(ABC):
     """A way of fine-tuning, ready to run: weights loaded, adapters added, frozen work done."""
 
     backbone: Backbone
+    data: DataConfig
     seed: int
     examples: tuple[Example, ...]
     """What is trained on, in the order that `Batch.indices` counts."""
@@ -75,6 +53,15 @@ class Method(ABC):
     """What is kept for judging fidelity."""
     unreadable: tuple[Path, ...]
     """Pictures that could not be decoded and were left out."""
+
+    @property
+    def model(self) -> Model:
+        """What pictures are drawn from."""
+        return self.backbone
+
+    def pick(self, step: int, position: int) -> int:
+        """Index of the example at `position` of an endless stream, at optimizer step `step`."""
+        return self.data.pick(self.examples, self.seed, step, position)
 
     @abstractmethod
     def trained(self) -> Mapping[str, Trained]:
@@ -96,6 +83,7 @@ class MethodConfig(Choice):
     data: DataConfig
     optimizer: OptimizerConfig = AdamW()
     schedule: ScheduleConfig = Cosine()
+    loss: LossConfig = LossConfig()
     steps: PositiveInt
     """Optimizer steps."""
     batch_size: PositiveInt
@@ -123,6 +111,7 @@ class MethodConfig(Choice):
         """
         self.backbone.check()
         self.data.check()
+        self.loss.weighting.check(self.backbone.prediction)
         factor = self.backbone.downscale
         if any(side % factor for side in self.data.size):
             raise DataError(
@@ -147,4 +136,16 @@ class MethodConfig(Choice):
             seed: The trial's.
             cache: Folder of frozen work shared by all trials; null computes everything anew.
             accelerator: This process's device and its peers.
+        """
+
+    @abstractmethod
+    def load_trained(self, folder: Path | None, accelerator: Accelerator) -> Model:
+        """What pictures are drawn from after training.
+
+        Args:
+            folder: What `Method.export` wrote; null is the model before it is trained.
+            accelerator: This process's device.
+
+        Raises:
+            ModelError: Nothing of this method is in `folder`.
         """

@@ -14,8 +14,6 @@ from trainers.rundir import RunDir
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from trainers.backbone import Backbone
-
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -37,11 +35,6 @@ def build_accelerator(config: MethodConfig) -> "Accelerator":
     parallel = DistributedDataParallelKwargs(broadcast_buffers=False)
     precision = "no" if config.precision == "fp32" else config.precision
     return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[parallel])
-
-
-def load_backbone(config: MethodConfig, accelerator: "Accelerator") -> "Backbone":
-    """The pretrained model that `config` starts from, as training sees it, without an adapter."""
-    return config.backbone.load(accelerator.device, config.frozen_dtype())
 
 
 def train(config: MethodConfig, run: RunDir, seed: int, cache: Path | None, accelerator: "Accelerator") -> TrainResult:

@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from typing_extensions import override
 
 from evaluation.clip_folder import read_clip_folder
-from evaluation.metric import Encoder, Encoders, Metric, Sample, Scorer
+from evaluation.metric import Encoder, Encoders, Metric, Scorer
 from trainers.config import LocalPath
 from trainers.errors import ModelError
+from trainers.prompt import Sample
 
 # In the published files, dropout stands between the layers and the activations are commented out.
 _LINEAR_LAYOUT = (0, 2, 4, 6, 7)

@@ -9,9 +9,10 @@ from jaxtyping import Float32
 from typing_extensions import override
 
 from evaluation.clip_folder import read_clip_folder
-from evaluation.metric import Encoder, Encoders, Metric, Sample, Scorer
+from evaluation.metric import Encoder, Encoders, Metric, Scorer
 from trainers.config import LocalPath
 from trainers.errors import DataError
+from trainers.prompt import Sample
 
 
 class ClipText(Metric):
@@ -38,7 +39,7 @@ class _TextScorer(Scorer):
     @override
     def values(self, samples: Sequence[Sample]) -> list[float]:
         images = self._encoder.embed_images([sample.image for sample in samples])
-        prompts = self._encoder.embed_prompts([sample.prompt for sample in samples])
+        prompts = self._encoder.embed_prompts([sample.prompt.text for sample in samples])
         return (images * prompts).sum(axis=1).tolist()
 
 

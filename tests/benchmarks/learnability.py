@@ -27,7 +27,6 @@ from scipy.stats import spearmanr
 
 from evaluation.config import EvaluateConfig
 from evaluation.evaluate import evaluate
-from evaluation.metric import Sample
 from evaluation.records import Record, read_records
 from evaluation.statistics import paired_difference
 from trainers.methods.sdxl_lora import SdxlLoraConfig
@@ -35,6 +34,7 @@ from trainers.miniature.pictures import to_unit
 from trainers.miniature.recipe import SUBJECT_BACKGROUNDS, style_scenes
 from trainers.miniature.truth import compare
 from trainers.miniature.world import COLOURS, SIZE, Scene, caption, subject
+from trainers.prompt import Prompt, Sample
 from trainers.rundir import RunDir
 from trainers.train import build_accelerator, train
 
@@ -108,7 +108,7 @@ def requested_truths(samples: Iterable[Sample], scenes: dict[str, Scene]) -> dic
     found = {}
     for sample in samples:
         pixels = torch.from_numpy(np.array(sample.image)).permute(2, 0, 1)[None]
-        found[sample.prompt, sample.seed] = compare(to_unit(pixels), scenes[sample.prompt])[0].whole
+        found[sample.prompt.text, sample.seed] = compare(to_unit(pixels), scenes[sample.prompt.text])[0].whole
     return found
 
 
@@ -130,7 +130,7 @@ def main() -> None:
         for index, point in enumerate([Point(0, 2, 1), *grid]):
             started, run = time.monotonic(), RunDir(Path(folder) / str(index))
             records = trial(arguments.concept, point, run, Path(folder) / "cache")
-            samples = (Sample(r.prompt, r.seed, Image.open(run.path / r.file)) for r in records)
+            samples = (Sample(Prompt(text=r.prompt), r.seed, Image.open(run.path / r.file)) for r in records)
             truth = requested_truths(samples, scenes)
             base = base or truth
             gain = paired_difference(truth, base)

@@ -27,7 +27,7 @@ from evaluation.evaluate import evaluate
 from orchestrator.spec import TrialSpec
 from orchestrator.worker import stage_seconds
 from trainers.rundir import RunDir, RunResult, thaw
-from trainers.train import build_accelerator, load_backbone, train
+from trainers.train import build_accelerator, train
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -59,12 +59,11 @@ def scripted(frozen: Path, run: RunDir) -> dict[str, float]:
         [*torchrun, "-m", "tests.benchmarks.overhead", "--train", str(frozen), str(run.path)], check=True, cwd=ROOT
     )
     spec = TrialSpec.model_validate(thaw(frozen))
-    backbone = load_backbone(spec.train, build_accelerator(spec.train))
-    backbone.load_adapter(run.adapter)
+    model = spec.train.load_trained(run.adapter, build_accelerator(spec.train))
     one_by_one = spec.evaluate.model_copy(update={"batch_size": 1})
     references = [example.path for example in spec.train.data.split().held_out]
     with tempfile.TemporaryDirectory() as cache:
-        evaluate(backbone, one_by_one, references, run, Path(cache))
+        evaluate(model, one_by_one, references, run, Path(cache))
     return stage_seconds(run) | {"total": time.monotonic() - started}
 
 

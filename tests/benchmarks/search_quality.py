@@ -20,13 +20,14 @@ import pandas as pd
 import torch
 import yaml
 
-from evaluation.config import SamplingConfig
-from evaluation.sampling import Request, generate
 from evaluation.statistics import Panel, paired_difference
 from orchestrator.spec import TrialSpec
 from tests.benchmarks.learnability import RESULTS, ROOT, Point, requested_truths, trial, wanted_scenes
+from trainers.guidance import SamplingConfig
+from trainers.prompt import Prompt, Request
 from trainers.rundir import RunDir, thaw
-from trainers.train import build_accelerator, load_backbone
+from trainers.sampling import generate
+from trainers.train import build_accelerator
 
 STUDY = ROOT / "studies" / "hpo.yaml"
 FRESH_SEEDS = tuple(range(100, 106))
@@ -44,14 +45,11 @@ def search(folder: Path, kind: str, seed: int) -> Path:
 def judge(frozen: Path, adapter: Path | None) -> Panel:
     """The pixel truth of a contestant on fresh seeds."""
     spec = TrialSpec.model_validate(thaw(frozen))
-    accelerator = build_accelerator(spec.train)
-    backbone = load_backbone(spec.train, accelerator)
-    if adapter is not None:
-        backbone.load_adapter(adapter)
+    model = spec.train.load_trained(adapter, build_accelerator(spec.train))
     sampling = SamplingConfig.model_validate(spec.evaluate.model_dump(include=set(SamplingConfig.model_fields)))
     scenes = wanted_scenes("zog")
-    wanted = [Request(prompt, seed) for prompt in scenes for seed in FRESH_SEEDS]
-    return requested_truths(generate(backbone, wanted, sampling), scenes)
+    wanted = [Request(Prompt(text=text), seed) for text in scenes for seed in FRESH_SEEDS]
+    return requested_truths(generate(model, wanted, sampling), scenes)
 
 
 def main() -> None:

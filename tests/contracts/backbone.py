@@ -5,6 +5,8 @@ import torch
 
 from trainers.backbone import Condition
 from trainers.batch import Geometry
+from trainers.errors import ConfigError
+from trainers.prompt import Prompt
 
 
 class BackboneContract:
@@ -41,21 +43,33 @@ class BackboneContract:
     def test_a_prompts_embedding_does_not_depend_on_its_neighbours(self, backbone):
         alone = backbone.encode_prompts(["b"])
         among = backbone.encode_prompts(["a", "b", "a long prompt"]).select([1])
-        assert torch.equal(alone.hidden, among.hidden)
-        assert torch.equal(alone.pooled, among.pooled)
+        assert alone.tensors().keys() == among.tensors().keys()
+        for name, value in alone.tensors().items():
+            assert torch.equal(value, among.tensors()[name]), name
 
     def test_embedding_together_gives_the_same_within_summation(self, backbone):
         prompts = ["a", None, "a long prompt"]
         apart, together = backbone.encode_prompts(prompts), backbone.encode_prompts(prompts, together=True)
-        torch.testing.assert_close(apart.hidden, together.hidden)
-        torch.testing.assert_close(apart.pooled, together.pooled)
+        for name, value in apart.tensors().items():
+            torch.testing.assert_close(value, together.tensors()[name])
 
     def test_rows_of_a_condition_can_be_taken_apart_and_joined(self, backbone):
         whole = self.condition(backbone, ["a", "b"])
         back = Condition.cat([whole.select([1]), whole.select([0])])
-        assert torch.equal(back.hidden, whole.hidden.flip(0))
-        assert torch.equal(back.pooled, whole.pooled.flip(0))
-        assert torch.equal(back.time_ids, whole.time_ids.flip(0))
+        for name, value in whole.text.tensors().items():
+            assert torch.equal(back.text.tensors()[name], value.flip(0)), name
+        assert (back.sizes is None) == (whole.sizes is None)
+        assert whole.sizes is None or torch.equal(back.sizes, whole.sizes.flip(0))
+
+    def test_what_pictures_are_told_is_what_training_calls_the_same(self, backbone):
+        told = backbone.prepare([Prompt(text="a"), None], 64, 64)
+        expected = self.condition(backbone, ["a", None])
+        for name, value in expected.text.tensors().items():
+            assert torch.equal(told.text.tensors()[name], value), name
+
+    def test_a_prompt_with_more_than_words_is_refused(self, backbone):
+        with pytest.raises(ConfigError, match="says more than words"):
+            backbone.prepare([Prompt(text="a", label=(1.0,))], 64, 64)
 
     def test_denoising_a_batch_equals_denoising_its_rows(self, backbone):
         x_t, t = torch.randn(2, *backbone.latent_shape(64, 64)), torch.tensor([3, 900])
@@ -63,6 +77,10 @@ class BackboneContract:
         batch = backbone.denoise(x_t, t, condition)
         rows = [backbone.denoise(x_t[i : i + 1], t[i : i + 1], condition.select([i])) for i in range(2)]
         torch.testing.assert_close(batch, torch.cat(rows), atol=1e-5, rtol=1e-5)
+
+
+class UnetContract(BackboneContract):
+    """Backbones of diffusion in discrete time."""
 
     @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
     def test_every_sampler_keeps_the_models_own_noise_schedule(self, backbone, name):

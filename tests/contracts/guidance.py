@@ -3,7 +3,7 @@
 import pytest
 from pydantic import TypeAdapter
 
-from evaluation.guidance import Guidance
+from trainers.guidance import Guidance
 
 
 class GuidanceContract:

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter
 
-from evaluation.metric import Encoders, Metric, Sample
+from evaluation.metric import Encoders, Metric
 from trainers.errors import DataError, ModelError
+from trainers.prompt import Prompt, Sample
 
 
 class MetricContract:
@@ -20,7 +21,7 @@ class MetricContract:
     def samples(self) -> list[Sample]:
         rng = np.random.default_rng(0)
         pictures = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(4)]
-        return [Sample(f"picture {i % 2}", i // 2, picture) for i, picture in enumerate(pictures)]
+        return [Sample(Prompt(text=f"picture {i % 2}"), i // 2, picture) for i, picture in enumerate(pictures)]
 
     def test_the_files_it_needs_are_found(self, metric: Metric):
         metric.check()

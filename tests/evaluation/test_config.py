@@ -30,7 +30,7 @@ def test_it_survives_a_study_file(open_clip_folder):
         ({"prompts": []}, "at least 1"),
         ({"prompts": ["a", ""]}, "at least 1 character"),
         ({"prompts": ["a", "b", "a"]}, "'a' is listed twice"),
-        ({"seeds": [1, 1]}, "1 is listed twice"),
+        ({"seeds": [1, 1]}, "'1' is listed twice"),
         ({"seeds": [-1]}, "greater than or equal to 0"),
         ({"resolution": 65}, "multiple of 8"),
         ({"steps": 0}, "greater than or equal to 1"),

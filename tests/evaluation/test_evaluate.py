@@ -10,11 +10,11 @@ from evaluation.config import EvaluateConfig
 from evaluation.evaluate import Ranks, evaluate, name_files
 from evaluation.metrics import clip
 from evaluation.records import read_records
-from evaluation.sampling import Request
 from tests.evaluation.conftest import noise
 from tests.trainers.conftest import build_sdxl
 from trainers.backbones.sdxl import SdxlConfig
 from trainers.errors import DataError, ModelError
+from trainers.prompt import Prompt, Request
 from trainers.rundir import RunDir
 
 PROMPTS = ["a red star", "a ring on a blue background", "a zog"]
@@ -118,7 +118,7 @@ def test_two_ranks_measure_what_one_does(backbone, config, references, run, tmp_
 
 
 def test_more_ranks_than_pictures_is_no_error(backbone, config, references, run, tmp_path):
-    few = config.model_copy(update={"prompts": (PROMPTS[0],), "seeds": (0,)})
+    few = config.model_copy(update={"prompts": (Prompt(text=PROMPTS[0]),), "seeds": (0,)})
     sent = []
     evaluate(backbone, few, references, run, tmp_path / "cache", Ranks(1, 2, lambda items: sent.append(items) or items))
     assert sent == [[]]
@@ -147,7 +147,9 @@ def test_undefined_values_are_counted_and_never_replaced(backbone, config, refer
 
     def values(self, samples):
         found = original(self, samples)
-        return [math.nan if sample.prompt == "a zog" else value for sample, value in zip(samples, found, strict=True)]
+        return [
+            math.nan if sample.prompt.text == "a zog" else value for sample, value in zip(samples, found, strict=True)
+        ]
 
     monkeypatch.setattr(clip._TextScorer, "values", values)
     score = evaluate(backbone, config, references, run, tmp_path / "cache")["clip_t"]
@@ -170,8 +172,8 @@ def test_missing_references_are_known_before_anything_is_drawn(backbone, config,
 
 def test_file_names_tell_prompt_and_seed_and_never_collide():
     long = "A photo of ONE very long-winded prompt, which goes on & on; and on"
-    files = name_files(["a star", long, long + "!", "星"], [0, 12])
-    assert files[Request("a star", 12)] == "samples/0000_a-star_12.png"
-    assert files[Request(long, 0)] == "samples/0001_a-photo-of-one-very-long-winded-prompt-w_0.png"
-    assert files[Request("星", 0)] == "samples/0003__0.png"
+    files = name_files([Prompt(text=text) for text in ("a star", long, long + "!", "星")], [0, 12])
+    assert files[Request(Prompt(text="a star"), 12)] == "samples/0000_a-star_12.png"
+    assert files[Request(Prompt(text=long), 0)] == "samples/0001_a-photo-of-one-very-long-winded-prompt-w_0.png"
+    assert files[Request(Prompt(text="星"), 0)] == "samples/0003__0.png"
     assert len(set(files.values())) == 8

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from tests.contracts.method import InterruptionError, interrupt, load_state, weights
+from trainers.batch import Stream, example_rng
+from trainers.data.folder import FolderConfig
 from trainers.errors import CheckpointError, ConfigError, NonFiniteError
-from trainers.loop import fit, order, split_batch
-from trainers.method import Stream, example_rng
+from trainers.loop import fit, split_batch
 from trainers.rundir import RunDir
 from trainers.train import train
 
@@ -22,14 +23,19 @@ def events(run, kind="train"):
     return [event for _, event in run.read_events() if event["event"] == kind]
 
 
+def pick(seed, count, position):
+    """What a folder of `count` pictures shows at `position`."""
+    return FolderConfig(path="/", resolution=64).pick([None] * count, seed, 0, position)
+
+
 def test_every_epoch_shows_every_example_once():
-    shown = [order(0, 7, position) for position in range(21)]
+    shown = [pick(0, 7, position) for position in range(21)]
     assert Counter(shown) == dict.fromkeys(range(7), 3)
     assert len({tuple(shown[i : i + 7]) for i in (0, 7, 14)}) == 3
 
 
 def test_the_order_depends_on_the_seed():
-    assert [order(0, 30, p) for p in range(30)] != [order(1, 30, p) for p in range(30)]
+    assert [pick(0, 30, p) for p in range(30)] != [pick(1, 30, p) for p in range(30)]
 
 
 @pytest.mark.parametrize(("batch", "micro", "world"), [(4, None, 1), (7, 2, 3), (5, 1, 2), (8, 3, 2)])

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from evaluation.encoders import ClipEncoders
-from evaluation.metric import Sample
 from evaluation.metrics.clip import ClipImage, ClipText
 from tests.contracts.metric import MetricContract
 from tests.evaluation.conftest import noise
 from trainers.cache import Cache
+from trainers.prompt import Prompt, Sample
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ class TestClipText(MetricContract):
     def test_it_is_the_raw_cosine_with_the_full_prompt(self, metric, folder, encoders, references, samples):
         encoder = encoders.clip(folder)
         images = encoder.embed_images([sample.image for sample in samples])
-        prompts = encoder.embed_prompts([sample.prompt for sample in samples])
+        prompts = encoder.embed_prompts([sample.prompt.text for sample in samples])
         cosines = [np.dot(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
         np.testing.assert_allclose(metric.open(encoders, references).values(samples), cosines, atol=1e-6)
 
@@ -51,7 +51,7 @@ class TestClipText(MetricContract):
         opposite = -encoder.embed_images([noise(1)])
         monkeypatch.setattr(encoder, "embed_prompts", lambda _: opposite)
         scorer = metric.open(encoders, references)
-        assert scorer.values([Sample("its opposite", 0, noise(1))]) == [pytest.approx(-1, abs=1e-5)]
+        assert scorer.values([Sample(Prompt(text="its opposite"), 0, noise(1))]) == [pytest.approx(-1, abs=1e-5)]
 
 
 class TestClipImage(MetricContract):
@@ -72,13 +72,13 @@ class TestClipImage(MetricContract):
 
     def test_a_picture_is_as_near_as_can_be_to_itself(self, metric, encoders, references):
         scorer = metric.open(encoders, references[:1])
-        assert scorer.values([Sample("anything", 0, noise(100))]) == [pytest.approx(1, abs=1e-5)]
+        assert scorer.values([Sample(Prompt(text="anything"), 0, noise(100))]) == [pytest.approx(1, abs=1e-5)]
 
 
 def test_two_metrics_share_one_encoder(open_clip_folder, encoders, references, monkeypatch):
     text = ClipText(model=open_clip_folder).open(encoders, references)
     image = ClipImage(model=open_clip_folder).open(encoders, references)
-    samples = [Sample("a star", 0, noise(1))]
+    samples = [Sample(Prompt(text="a star"), 0, noise(1))]
     text.values(samples)
     encoder = encoders.clip(open_clip_folder)
     monkeypatch.setattr(encoder, "_compute_images", lambda _: pytest.fail("the picture was embedded a second time"))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from tests.contracts.backbone import BackboneContract
+from tests.contracts.backbone import UnetContract
 from trainers.backbones.sdxl import SdxlConfig
 from trainers.batch import Geometry
 from trainers.errors import ModelError
@@ -32,7 +32,7 @@ def copied(sdxl_folder, tmp_path):
     return shutil.copytree(sdxl_folder, tmp_path / "sdxl")
 
 
-class TestSdxl(BackboneContract):
+class TestSdxl(UnetContract):
     @pytest.fixture
     def backbone(self, loaded):
         return loaded
@@ -48,15 +48,15 @@ def test_embeddings_equal_the_stock_pipelines(loaded, pipeline, prompt):
 
 def test_no_prompt_equals_the_stock_pipelines_missing_negative_prompt(loaded, pipeline):
     _, hidden, _, pooled = pipeline.encode_prompt("a", do_classifier_free_guidance=True)
-    assert torch.equal(loaded.encode_null().hidden, hidden)
-    assert torch.equal(loaded.encode_null().pooled, pooled)
+    assert torch.equal(loaded.encode_prompts([None]).hidden, hidden)
+    assert torch.equal(loaded.encode_prompts([None]).pooled, pooled)
 
 
 def test_no_prompt_is_the_empty_prompt_where_the_folder_says_so(copied):
     index = copied / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "force_zeros_for_empty_prompt": False}))
     backbone = load(copied)
-    assert torch.equal(backbone.encode_null().hidden, backbone.encode_prompts([""]).hidden)
+    assert torch.equal(backbone.encode_prompts([None]).hidden, backbone.encode_prompts([""]).hidden)
 
 
 def test_time_ids_equal_the_stock_pipelines(loaded, pipeline):
@@ -64,7 +64,7 @@ def test_time_ids_equal_the_stock_pipelines(loaded, pipeline):
     expected = pipeline._get_add_time_ids(
         geometry.original, geometry.crop, geometry.target, torch.float32, text_encoder_projection_dim=32
     )
-    ours = loaded.condition(loaded.encode_prompts(["a"]), [geometry]).time_ids
+    ours = loaded.condition(loaded.encode_prompts(["a"]), [geometry]).sizes
     assert torch.equal(ours, expected)
     assert ours.tolist() == [[80, 120, 3, 28, 64, 64]]
 

@@ -10,7 +10,6 @@ from trainers.batch import Batch, Geometry
 from trainers.errors import DataError, ModelError
 from trainers.loop import fit
 from trainers.rundir import RunDir
-from trainers.train import load_backbone
 
 TEXT = {"rank": 2, "lr_scale": 0.5}
 FOUR = Batch(0, (0, 1, 2, 3), (0, 1, 2, 3))
@@ -25,7 +24,7 @@ class TestUnetAlone(MethodContract):
 class TestWithTextEncoders(MethodContract):
     @pytest.fixture
     def config(self, make_config):
-        return make_config(text_encoder_lora=TEXT, min_snr_gamma=5.0, caption_dropout=0.3)
+        return make_config(text_encoder_lora=TEXT, loss={"weighting": {"kind": "min_snr"}}, caption_dropout=0.3)
 
 
 class TestWithAdapterDropout(MethodContract):
@@ -97,8 +96,7 @@ def test_a_saved_adapter_loads_into_a_fresh_backbone_frozen(make_config, acceler
     method = make_config(lora={"rank": 4, "alpha": 1.5}, text_encoder_lora=text).build(0, None, accelerator)
     shake(method)
     method.export(tmp_path / "adapter")
-    fresh = load_backbone(method.config, accelerator)
-    fresh.load_adapter(tmp_path / "adapter")
+    fresh = method.config.load_trained(tmp_path / "adapter", accelerator)
     x_t, _ = inputs(fresh)
     answers = []
     for backbone in (method.backbone, fresh):
@@ -110,9 +108,8 @@ def test_a_saved_adapter_loads_into_a_fresh_backbone_frozen(make_config, acceler
 
 
 def test_a_folder_without_an_adapter_is_an_error(make_config, accelerator, tmp_path):
-    backbone = load_backbone(make_config(), accelerator)
     with pytest.raises(ModelError, match="expected the adapter of a finished trial"):
-        backbone.load_adapter(tmp_path)
+        make_config().load_trained(tmp_path, accelerator)
 
 
 def test_adapter_scale_is_a_scale_of_the_weights_and_is_undone(make_config, accelerator):
@@ -182,7 +179,7 @@ def test_dropout_of_none_and_of_all(make_config, accelerator, rate, expected):
 
 def test_a_dropped_caption_is_what_sampling_calls_no_prompt(make_config, accelerator):
     method = make_config(caption_dropout=1.0).build(0, None, accelerator)
-    assert torch.equal(method.condition(FOUR).hidden[:1], method.backbone.encode_null().hidden)
+    assert torch.equal(method.condition(FOUR).text.hidden[:1], method.backbone.encode_prompts([None]).hidden)
 
 
 @pytest.mark.parametrize("folder", ["sdxl_folder", "v_prediction_folder"])
@@ -191,7 +188,8 @@ def test_without_gamma_the_loss_is_the_plain_mean_square_and_with_it_the_weighte
 ):
     backbone = {"kind": "sdxl", "path": str(request.getfixturevalue(folder))}
     plain = make_config(backbone=backbone).build(0, None, accelerator)
-    weighted = make_config(backbone=backbone, min_snr_gamma=2.0).build(0, None, accelerator)
+    loss = {"weighting": {"kind": "min_snr", "gamma": 2.0}}
+    weighted = make_config(backbone=backbone, loss=loss).build(0, None, accelerator)
     seen = []
     process = weighted.backbone.process
     denoise = weighted.backbone.denoise

@@ -10,16 +10,14 @@ layout of the stock pipeline.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from evaluation.metric import Sample
-from trainers.batch import Geometry
 from trainers.errors import NonFiniteError
+from trainers.prompt import Prompt, Request, Sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,39 +25,31 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from evaluation.config import SamplingConfig
-    from trainers.backbone import Backbone, Condition
-
-
-@dataclass(frozen=True)
-class Request:
-    """A picture that is wanted."""
-
-    prompt: str
-    seed: int
+    from trainers.backbone import Condition, Model
+    from trainers.guidance import SamplingConfig
 
 
 def noise_rng(request: Request) -> torch.Generator:
     """The generator of a picture's initial latents; give it to a stock pipeline to draw the same picture."""
-    words = np.frombuffer(hashlib.sha256(request.prompt.encode()).digest(), np.uint32)
+    words = np.frombuffer(hashlib.sha256(str(request.prompt).encode()).digest(), np.uint32)
     state = np.random.SeedSequence((request.seed, *words.tolist())).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def generate(backbone: Backbone, requests: Sequence[Request], config: SamplingConfig) -> Iterator[Sample]:
+def generate(model: Model, requests: Sequence[Request], config: SamplingConfig) -> Iterator[Sample]:
     """Draw the requested pictures, in order.
 
     Runs under the caller's autocast; latents and scheduler are fp32 throughout.
 
     Args:
-        backbone: With whatever adapters are active.
+        model: With whatever adapters are active.
         requests: A rank passes its own share, which may be empty.
         config: Resolution, steps, scheduler, guidance.
 
     Raises:
         NonFiniteError: A picture came out with NaN or infinite pixels.
     """
-    sampler = _Sampler(backbone, config, [request.prompt for request in requests])
+    sampler = _Sampler(model, config, [request.prompt for request in requests])
     for start in range(0, len(requests), config.batch_size):
         batch = requests[start : start + config.batch_size]
         for request, pixels in zip(batch, sampler.draw(batch), strict=True):
@@ -67,49 +57,55 @@ def generate(backbone: Backbone, requests: Sequence[Request], config: SamplingCo
 
 
 class _Sampler:
-    """A backbone, and what does not change from batch to batch."""
+    """A model, and what does not change from batch to batch."""
 
-    def __init__(self, backbone: Backbone, config: SamplingConfig, prompts: Sequence[str]) -> None:
-        self._backbone = backbone
+    def __init__(self, model: Model, config: SamplingConfig, prompts: Sequence[Prompt]) -> None:
+        self._model = model
         self._config = config
         self._terms = [term for term in config.guidance.terms() if term.weight != 0]
-        self._rows = {prompt: row for row, prompt in enumerate(dict.fromkeys([config.negative_prompt, *prompts]))}
-        self._texts = backbone.encode_prompts(list(self._rows))
+        told = [None, *dict.fromkeys(prompts)]
+        self._rows = {prompt: row for row, prompt in enumerate(told)}
+        side = config.resolution
+        self._conditions = model.prepare(told, side, side, negative=config.negative_prompt)
 
     @torch.no_grad()
     def draw(self, batch: Sequence[Request]) -> Float[Tensor, "b 3 h w"]:
         """Pictures nominally in [-1, 1]."""
-        backbone, config = self._backbone, self._config
-        scheduler = backbone.sampling_scheduler(config.scheduler)
-        scheduler.set_timesteps(config.steps, device=backbone.device)
+        model, config = self._model, self._config
+        scheduler = model.sampling_scheduler(config.scheduler)
+        scheduler.set_timesteps(config.steps, device=model.device)
         condition = self._condition(batch)
         latents = self._initial_latents(batch) * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
-            x_t = torch.cat([scheduler.scale_model_input(latents, t)] * len(self._terms))
-            parts = backbone.denoise(x_t, t.expand(len(x_t)), condition).float().chunk(len(self._terms))
+            x_t = torch.cat([_scaled(scheduler, latents, t)] * len(self._terms))
+            parts = model.denoise(x_t, t.expand(len(x_t)), condition).float().chunk(len(self._terms))
             prediction = sum(term.weight * part for term, part in zip(self._terms, parts, strict=True))
             latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
-        return backbone.decode(latents)
+        return model.decode(latents)
 
     def _condition(self, batch: Sequence[Request]) -> Condition:
         told = {
             "prompt": [self._rows[request.prompt] for request in batch],
-            "null": [self._rows[self._config.negative_prompt]] * len(batch),
+            "null": [self._rows[None]] * len(batch),
         }
-        texts = self._texts.select([row for term in self._terms for row in told[term.condition]])
-        geometry = Geometry.whole(self._config.resolution, self._config.resolution)
-        return self._backbone.condition(texts, [geometry] * len(batch) * len(self._terms))
+        return self._conditions.select([row for term in self._terms for row in told[term.condition]])
 
     def _initial_latents(self, batch: Sequence[Request]) -> Float[Tensor, "b c h w"]:
-        shape = self._backbone.latent_shape(self._config.resolution, self._config.resolution)
+        shape = self._model.latent_shape(self._config.resolution, self._config.resolution)
         draws = [torch.randn(shape, generator=noise_rng(request)) for request in batch]
-        return torch.stack(draws).to(self._backbone.device)
+        return torch.stack(draws).to(self._model.device)
+
+
+def _scaled(scheduler: Any, latents: Tensor, t: Tensor) -> Tensor:
+    """What the denoiser sees of `latents`; flow schedulers have nothing to scale."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return latents if scale is None else scale(latents, t)
 
 
 def _to_image(pixels: Float[Tensor, "3 h w"], request: Request) -> Image.Image:
     if not bool(pixels.isfinite().all()):
         raise NonFiniteError(
-            f"the picture of {request.prompt!r} with seed {request.seed} has NaN or infinite pixels: the adapter "
+            f"the picture of {str(request.prompt)!r} with seed {request.seed} has NaN or infinite pixels: the adapter "
             "diverged, or the autoencoder overflowed (`vae_dtype: float32` avoids that)"
         )
     levels = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)

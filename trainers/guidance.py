@@ -1,4 +1,4 @@
-"""Guidance as an affine combination of denoiser calls.
+"""How pictures are drawn; guidance is an affine combination of denoiser calls.
 
 Every kind predicts `sum(w_i * denoise(x_t, t, condition_i))` with `sum(w_i) == 1`. The sum constraint makes the
 combination meaningful for noise, velocity and flow targets alike, because each of them is affine in the clean image
@@ -12,7 +12,8 @@ from typing import Literal
 from pydantic import Field
 from typing_extensions import override
 
-from trainers.config import Choice
+from trainers.backbone import SchedulerName
+from trainers.config import Choice, Config
 
 
 @dataclass(frozen=True)
@@ -42,3 +43,20 @@ class ClassifierFree(Guidance):
     @override
     def terms(self) -> tuple[Term, ...]:
         return (Term("null", 1 - self.scale), Term("prompt", self.scale))
+
+
+class SamplingConfig(Config):
+    """How pictures are drawn."""
+
+    resolution: int = Field(default=1024, ge=8, multiple_of=8)
+    """Height and width in pixels."""
+    steps: int = Field(default=30, ge=1)
+    """Denoiser calls per picture."""
+    scheduler: SchedulerName = "ddim"
+    """On the model's own betas; DDIM with eta 0."""
+    negative_prompt: str | None = None
+    """null is what the stock pipeline does without one: zeros if the model's folder says so, else the empty prompt.
+    The empty string is the empty prompt."""
+    guidance: Guidance = ClassifierFree()
+    batch_size: int = Field(default=4, ge=1)
+    """Pictures per denoiser call, before guidance multiplies the rows, and per decoder call."""

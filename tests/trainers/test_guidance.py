@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from evaluation.guidance import ClassifierFree, Guidance
 from tests.contracts.guidance import GuidanceContract
+from trainers.guidance import ClassifierFree, Guidance
 
 
 class TestClassifierFree(GuidanceContract):

@@ -2,13 +2,18 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.config import SamplingConfig
-from evaluation.sampling import Request, generate, noise_rng
 from tests.trainers.conftest import build_sdxl
 from trainers.backbones.sdxl import SdxlConfig
 from trainers.errors import NonFiniteError
+from trainers.guidance import SamplingConfig
+from trainers.prompt import Prompt, Request
+from trainers.sampling import generate, noise_rng
 
-REQUESTS = [Request("a red star", 0), Request("a red star", 1), Request("a ring on a blue background", 0)]
+REQUESTS = [
+    Request(Prompt(text="a red star"), 0),
+    Request(Prompt(text="a red star"), 1),
+    Request(Prompt(text="a ring on a blue background"), 0),
+]
 STEPS = 5
 # A random model's pictures are nearly flat; this brings their contrast to that of real ones.
 CONTRAST = 40.0
@@ -52,7 +57,7 @@ def stock_pixels(folder, *, scheduler="ddim", scale=3.0, negative_prompt=None, s
     cls = getattr(diffusers, STOCK[scheduler])
     pipeline.scheduler = cls.from_config(pipeline.scheduler.config, **options)
     images = pipeline(
-        [request.prompt for request in REQUESTS],
+        [request.prompt.text for request in REQUESTS],
         negative_prompt=None if negative_prompt is None else [negative_prompt] * len(REQUESTS),
         num_inference_steps=steps, guidance_scale=scale, height=64, width=64,
         generator=[noise_rng(request) for request in REQUESTS],
@@ -102,9 +107,9 @@ class Counting:
         self.rows.append(len(x_t))
         return self._backbone.denoise(x_t, t, condition)
 
-    def encode_prompts(self, prompts):
+    def prepare(self, prompts, height, width, *, negative=None):
         self.prompts += prompts
-        return self._backbone.encode_prompts(prompts)
+        return self._backbone.prepare(prompts, height, width, negative=negative)
 
     def decode(self, latents):
         self.decoded.append(len(latents))
@@ -121,7 +126,7 @@ def test_each_step_is_one_call_without_the_terms_that_weigh_nothing(scale, rows,
 def test_each_distinct_prompt_is_encoded_once(backbone):
     counting = Counting(backbone)
     pixels(counting, batch_size=1)
-    assert sorted(counting.prompts, key=str) == sorted([None, "a red star", "a ring on a blue background"], key=str)
+    assert counting.prompts == [None, Prompt(text="a red star"), Prompt(text="a ring on a blue background")]
 
 
 def test_a_batch_is_decoded_at_once(backbone):

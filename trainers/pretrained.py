@@ -1,0 +1,195 @@
+"""Model folders in diffusers' layout, looked at without torch."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from typing_extensions import override
+
+from trainers.backbone import BackboneConfig
+from trainers.config import LocalPath
+from trainers.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    import torch
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+_STEMS = {"text_encoder": "model", "text_encoder_2": "model"}
+_DIFFUSERS_STEM = "diffusion_pytorch_model"
+
+
+class PretrainedConfig(BackboneConfig):
+    """A local folder as `save_pretrained` of a diffusers pipeline writes it; components may come from elsewhere."""
+
+    denoiser_name: ClassVar[str] = "unet"
+    """The denoiser's name in the folder."""
+
+    path: LocalPath
+    denoiser: LocalPath | None = None
+    """Another denoiser: its own folder, or one that holds it."""
+    vae: LocalPath | None = None
+    """Another autoencoder: its own folder, or one that holds `vae/`."""
+    scheduler: LocalPath | None = None
+    """Another scheduler configuration: its own folder, or one that holds `scheduler/`."""
+    vae_dtype: Precision = "float32"
+    """Precision of the autoencoder. The original SDXL autoencoder overflows in float16."""
+    text_encoder_dtype: Precision | None = None
+    """Precision of the text encoders; null is the trial's `precision`."""
+    vae_device: str | None = None
+    """Where the autoencoder computes, as torch spells it (`cpu`, `cuda:1`); null is where training happens."""
+    text_encoder_device: str | None = None
+    """Where the text encoders compute; null is where training happens."""
+
+    @property
+    def text_encoder_names(self) -> tuple[str, ...]:
+        """The text encoders' names in the folder."""
+        return ("text_encoder",)
+
+    @property
+    def tokenizer_names(self) -> tuple[str, ...]:
+        """The name of each text encoder's tokenizer."""
+        return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoder_names)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Every component with weights."""
+        return (self.denoiser_name, "vae", *self.text_encoder_names)
+
+    @override
+    def check(self) -> None:
+        if not self.path.is_dir():
+            raise ModelError(
+                f"{self.path}: no such folder; expected a model of kind {self.kind_name} as diffusers saves"
+            )
+        if not (self.path / "model_index.json").is_file():
+            raise ModelError(
+                f"{self.path}: no model_index.json; expected a model of kind {self.kind_name} as diffusers saves"
+            )
+        self.scheduler_config()
+        for name in self.networks:
+            self.component_config(name)
+            self.weight_files(name)
+        for name in self.tokenizer_names:
+            self.tokenizer_files(name)
+
+    @property
+    def kind_name(self) -> str:
+        """What a study calls this kind."""
+        return str(type(self).model_fields["kind"].default)
+
+    @override
+    def weight_shapes(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        files = {name: self.weight_files(name) for name in self.networks}
+        return {
+            name: {key: shape for file in parts if file.suffix == ".safetensors" for key, shape in _shapes(file)}
+            for name, parts in files.items()
+        }
+
+    @override
+    def image_files(self) -> tuple[Path, ...]:
+        return self._network_files("vae")
+
+    @override
+    def text_files(self) -> tuple[Path, ...]:
+        networks = (file for name in self.text_encoder_names for file in self._network_files(name))
+        tokenizers = (file for name in self.tokenizer_names for file in self.tokenizer_files(name))
+        return (self.path / "model_index.json", *networks, *tokenizers)
+
+    @override
+    def denoiser_files(self) -> tuple[Path, ...]:
+        return self._network_files(self.denoiser_name)
+
+    def folder(self, component: str) -> Path:
+        """Where a component lies."""
+        elsewhere = {self.denoiser_name: self.denoiser, "vae": self.vae, "scheduler": self.scheduler}.get(component)
+        if elsewhere is None:
+            return self.path / component
+        return elsewhere / component if (elsewhere / component).is_dir() else elsewhere
+
+    def variant(self, component: str) -> str | None:
+        """`fp16` if the component comes in that precision only."""
+        stem = _STEMS.get(component, _DIFFUSERS_STEM)
+        return None if _weights(self.folder(component), f"{stem}.safetensors") else "fp16"
+
+    def component_config(self, component: str) -> dict[str, Any]:
+        """A component's `config.json`."""
+        return read_json(self.folder(component) / "config.json")
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The folder's `scheduler_config.json`."""
+        return read_json(self.folder("scheduler") / "scheduler_config.json")
+
+    def model_index(self) -> dict[str, Any]:
+        """The folder's `model_index.json`."""
+        return read_json(self.path / "model_index.json")
+
+    def weight_files(self, component: str) -> tuple[Path, ...]:
+        """The files that hold a component's weights."""
+        folder, stem = self.folder(component), _STEMS.get(component, _DIFFUSERS_STEM)
+        files = _weights(folder, f"{stem}.safetensors") or _weights(folder, f"{stem}.fp16.safetensors")
+        if not files:
+            raise ModelError(f"{folder}: no {stem}.safetensors, nor {stem}.fp16.safetensors; is the download complete?")
+        return files
+
+    def tokenizer_files(self, component: str) -> tuple[Path, ...]:
+        """The files that determine a tokenizer."""
+        folder = self.path / component
+        names = {file.name for file in folder.iterdir()} if folder.is_dir() else set[str]()
+        whole = {"tokenizer.json", "tokenizer.model", "spiece.model"} & names
+        if not whole and not {"vocab.json", "merges.txt"} <= names:
+            raise ModelError(f"{folder}: no tokenizer.json, nor vocab.json and merges.txt; is the download complete?")
+        return tuple(folder / name for name in sorted(names) if name.endswith((".json", ".txt", ".model")))
+
+    def load_network(self, cls: Any, component: str, dtype: torch.dtype, device: torch.device) -> Any:
+        """A component's weights, frozen and in evaluation mode."""
+        model = cls.from_pretrained(
+            self.folder(component),
+            dtype=dtype,
+            local_files_only=True,
+            variant=self.variant(component),
+            use_safetensors=True,
+        )
+        return model.requires_grad_(False).eval().to(device)
+
+    def _network_files(self, component: str) -> tuple[Path, ...]:
+        return (self.folder(component) / "config.json", *self.weight_files(component))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model folder.
+
+    Raises:
+        ModelError: It is missing or broken.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; expected a model folder in diffusers' layout")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON ({error}); download it again") from error
+
+
+def _weights(folder: Path, name: str) -> tuple[Path, ...]:
+    """The weight file `name`, or its shards; empty if it is missing or any shard is."""
+    if (folder / name).is_file():
+        return (folder / name,)
+    stem, _, variant = name.removesuffix(".safetensors").partition(".")
+    index = folder / ".".join(filter(None, [stem, "safetensors.index", variant, "json"]))
+    if not index.is_file():
+        return ()
+    shards = tuple(folder / shard for shard in sorted(set(read_json(index)["weight_map"].values())))
+    return (index, *shards) if all(shard.is_file() for shard in shards) else ()
+
+
+def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor in a safetensors file, from its header: a length, then JSON."""
+    with file.open("rb") as stream:
+        header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            yield name, tuple(entry["shape"])
