@@ -13,7 +13,8 @@ from trainers.batch import DataConfig
 from trainers.config import Choice
 from trainers.errors import DataError
 from trainers.loss import LossConfig
-from trainers.optim import AdamW, Cosine, OptimizerConfig, ScheduleConfig
+from trainers.optim import Cosine, OptimizerConfig, ScheduleConfig
+from trainers.optimizers.adamw import AdamW
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,6 +101,7 @@ class MethodConfig(Choice):
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
         self.schedule.check(self.steps)
+        self.optimizer.check_schedule(self.schedule)
         return self
 
     def check(self) -> None:
@@ -108,7 +110,9 @@ class MethodConfig(Choice):
         Raises:
             ModelError: As the backbone's `check`.
             DataError: As the data's `check`, or its pictures do not fit the model.
+            ConfigError: The optimizer's package is not installed, or the loss is not defined for the model.
         """
+        self.optimizer.check()
         self.backbone.check()
         self.data.check()
         self.loss.weighting.check(self.backbone.prediction)

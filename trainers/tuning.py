@@ -22,7 +22,7 @@ from trainers.errors import ModelError
 from trainers.method import MethodConfig, Trained
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from accelerate import Accelerator
@@ -56,12 +56,19 @@ class TunedConfig(MethodConfig):
 
     @override
     def num_trainable(self) -> int:
+        return self.num_in_denoiser() + self.num_in_text_encoders()
+
+    def num_in_denoiser(self) -> int:
+        """How many numbers of the denoiser, or of its adapter, are trained."""
         shapes = self.backbone.weight_shapes()
-        denoiser, *others = (name for name in shapes if name != "vae")
-        total = _count(shapes[denoiser], self.lora, self.backbone.lora_targets)
-        if not self.text_is_frozen:
-            total += sum(_count(shapes[name], self.text_encoder_lora, TEXT_TARGETS) for name in others)
-        return total
+        return _count(shapes[_networks(shapes)[0]], self.lora, self.backbone.lora_targets)
+
+    def num_in_text_encoders(self) -> int:
+        """How many numbers of the text encoders, or of their adapters, are trained."""
+        if self.text_is_frozen:
+            return 0
+        shapes = self.backbone.weight_shapes()
+        return sum(_count(shapes[name], self.text_encoder_lora, TEXT_TARGETS) for name in _networks(shapes)[1:])
 
     @override
     def load_trained(self, folder: Path | None, accelerator: Accelerator) -> Model:
@@ -77,12 +84,22 @@ def tune(backbone: Backbone, config: TunedConfig, seed: int) -> dict[str, Traine
     Returns:
         Networks to optimise, by pipeline component.
     """
-    denoiser, *names = backbone.networks
+    return tune_denoiser(backbone, config, seed) | tune_text_encoders(backbone, config, seed)
+
+
+def tune_denoiser(backbone: Backbone, config: TunedConfig, seed: int) -> dict[str, Trained]:
+    """The denoiser's part of `tune`."""
     if config.lora is None:
         _unfreeze(backbone.denoiser)
     else:
         add_lora(backbone.denoiser, config.lora, config.backbone.lora_targets, init_seed(seed, 0))
-    trained = {denoiser: Trained(backbone.denoiser)}
+    return {next(iter(backbone.networks)): Trained(backbone.denoiser)}
+
+
+def tune_text_encoders(backbone: Backbone, config: TunedConfig, seed: int) -> dict[str, Trained]:
+    """The text encoders' part of `tune`."""
+    names = list(backbone.networks)[1:]
+    trained: dict[str, Trained] = {}
     for i, (name, layers) in enumerate(zip(names, backbone.text_layers, strict=True)):
         encoder = backbone.networks[name]
         if config.train_text_encoders:
@@ -137,6 +154,11 @@ def _unfreeze(network: nn.Module, layers: int | None = None) -> None:
             parameter.requires_grad = False
 
 
+def _networks(names: Iterable[str]) -> list[str]:
+    """Components that can be trained: denoiser first."""
+    return [name for name in names if name != "vae"]
+
+
 def _count(shapes: Mapping[str, tuple[int, ...]], lora: LoraConfig | None, targets: tuple[str, ...]) -> int:
     """How many numbers of a network are trained."""
     import math
@@ -144,4 +166,4 @@ def _count(shapes: Mapping[str, tuple[int, ...]], lora: LoraConfig | None, targe
     if lora is None:
         return sum(math.prod(shape) for shape in shapes.values())
     endings = tuple(f".{target}.weight" for target in targets)
-    return lora.rank * sum(sum(shape) for name, shape in shapes.items() if name.endswith(endings))
+    return sum(lora.size(shape) for name, shape in shapes.items() if name.endswith(endings))

@@ -5,13 +5,18 @@ import pytest
 import trainers.methods  # noqa: F401, registers the kinds
 from trainers.backbone import BackboneConfig
 from trainers.method import MethodConfig
+from trainers.optim import OptimizerConfig
 
 TESTS = Path(__file__).parents[1] / "trainers"
 
 
 @pytest.mark.parametrize(
     ("folder", "contract", "kinds"),
-    [("methods", "MethodContract", MethodConfig.kinds()), ("backbones", "BackboneContract", BackboneConfig.kinds())],
+    [
+        ("methods", "MethodContract", MethodConfig.kinds()),
+        ("backbones", "BackboneContract", BackboneConfig.kinds()),
+        ("optimizers", "OptimizerContract", OptimizerConfig.kinds()),
+    ],
 )
 def test_every_kind_inherits_its_contract(folder, contract, kinds):
     for kind in kinds:

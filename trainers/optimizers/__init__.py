@@ -1,0 +1,5 @@
+"""The optimizers, one file a kind."""
+
+from trainers.config import import_submodules
+
+import_submodules(__name__, __path__)
