@@ -205,6 +205,8 @@ class BackboneConfig(Choice):
 
     lora_targets: ClassVar[tuple[str, ...]]
     """The denoiser's layers that adapters are added to."""
+    trains_text: ClassVar[bool] = True
+    """Whether trained text encoders can be saved in a file that diffusers loads."""
 
     @property
     @abstractmethod

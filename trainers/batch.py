@@ -50,6 +50,11 @@ def init_seed(seed: int, network: int) -> int:
     return int(np.random.SeedSequence((seed, network)).generate_state(1, np.uint64)[0])
 
 
+def shuffled(seed: int, count: int, position: int) -> int:
+    """What stands at `position` of an endless stream of numbers below `count`: every epoch is a permutation."""
+    return int(_permutation(seed, count, position // count)[position % count])
+
+
 @lru_cache(maxsize=4)
 def _permutation(seed: int, count: int, epoch: int) -> Any:
     import numpy as np
@@ -161,7 +166,7 @@ class DataConfig(Choice):
         A function of its arguments alone, so that neither resuming nor the number of processes changes what is seen.
         Every epoch is a permutation, unless a kind says otherwise.
         """
-        return int(_permutation(seed, len(examples), position // len(examples))[position % len(examples)])
+        return shuffled(seed, len(examples), position)
 
     @property
     @abstractmethod

@@ -27,6 +27,12 @@ class Cache:
     def __init__(self, root: Path) -> None:
         self._root = root
 
+    def folder(self, key: str) -> Path:
+        """A folder for files that people may want to look at, such as pictures."""
+        folder = self._root / "folders" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def get(self, key: str) -> Tensors | None:
         """What was stored under `key`, if anything can be read."""
         import safetensors.torch

@@ -1,8 +1,10 @@
 """Frozen work done once: moments of all pictures and embeddings of all prompts."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainers.backbone import Backbone, BackboneConfig, Moments, TextEmbeddings
-from trainers.batch import DataConfig, Geometry, Split
+from trainers.batch import DataConfig, Example, Geometry, Split
 from trainers.cache import Cache, Tensors, digest
 from trainers.errors import DataError
 
@@ -70,15 +72,45 @@ class Images:
             self.moments.logvar[rows].to(device, non_blocking=True),
         )
 
+    def first(self, count: int) -> Images:
+        """The first `count` rows."""
+        moments = Moments(self.moments.mean[:count], self.moments.logvar[:count])
+        return Images(replace(self.split, train=self.split.train[:count]), moments, self.geometries[:count])
+
+    def joined(self, other: Images) -> Images:
+        """These rows, then the training pictures of `other`; what is held out stays."""
+        train = (*self.split.train, *other.split.train)
+        return Images(
+            replace(self.split, train=train),
+            Moments(
+                torch.cat([self.moments.mean, other.moments.mean]),
+                torch.cat([self.moments.logvar, other.moments.logvar]),
+            ),
+            (*self.geometries, *other.geometries),
+        )
+
 
 def encode_images(frozen: Frozen, data: DataConfig) -> Images:
-    """Encode every training picture, one at a time, so that a row depends on its own bytes alone.
+    """Encode every training picture of `data`.
 
     Raises:
         DataError: No picture can be decoded, or one cannot and the data is `strict`.
     """
-    backbone, split = frozen.backbone, data.split()
-    examples = split.train
+    split = data.split()
+    images = encode_examples(frozen, data, split.train)
+    unreadable = (*split.unreadable, *images.split.unreadable)
+    for path in unreadable:
+        log.warning("%s cannot be decoded and is left out", path)
+    return replace(images, split=Split(images.split.train, split.held_out, unreadable))
+
+
+def encode_examples(frozen: Frozen, data: DataConfig, examples: Sequence[Example]) -> Images:
+    """Encode pictures that `data` can read, one at a time, so that a row depends on its own bytes alone.
+
+    Raises:
+        DataError: As `encode_images`.
+    """
+    backbone = frozen.backbone
     dtype = next(backbone.vae.parameters()).dtype
     network = frozen.describe(frozen.config.image_files(), dtype)
 
@@ -95,13 +127,11 @@ def encode_images(frozen: Frozen, data: DataConfig) -> Images:
 
     rows = frozen.share(lambda i: digest("image", examples[i].key, data.transform, network), make, len(examples))
     kept = [(example, row) for example, row in zip(examples, rows, strict=True) if row is not None]
-    unreadable = tuple(example.path for example, row in zip(examples, rows, strict=True) if row is None)
-    for path in (*split.unreadable, *unreadable):
-        log.warning("%s cannot be decoded and is left out", path)
     if not kept:
         raise DataError(f"none of the {len(examples)} training pictures can be decoded; first: {examples[0].path}")
+    unreadable = tuple(example.path for example, row in zip(examples, rows, strict=True) if row is None)
     return Images(
-        Split(tuple(example for example, _ in kept), split.held_out, (*split.unreadable, *unreadable)),
+        Split(tuple(example for example, _ in kept), (), unreadable),
         Moments(torch.cat([row["mean"] for _, row in kept]), torch.cat([row["logvar"] for _, row in kept])),
         tuple(_geometry(row["geometry"]) for _, row in kept),
     )

@@ -47,6 +47,9 @@ class TunedConfig(MethodConfig):
     def _text_encoders_are_trained_in_one_way(self) -> Self:
         if self.train_text_encoders and self.text_encoder_lora:
             raise ValueError("train_text_encoders and text_encoder_lora exclude each other; remove one of them")
+        if not self.text_is_frozen and not self.backbone.trains_text:
+            option = "train_text_encoders" if self.train_text_encoders else "text_encoder_lora"
+            raise ValueError(f"{option}: diffusers has no file for the trained text encoder of this model; remove it")
         return self
 
     @property
