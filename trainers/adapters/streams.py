@@ -1,0 +1,178 @@
+"""Which cross-attention layers hear which extra tokens, and what the tokens are made of; answers without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from trainers.config import Config
+from trainers.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+StreamName = Literal["image", "label"]
+STREAMS: tuple[StreamName, ...] = ("image", "label")
+"""In the order of their tokens."""
+
+Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+_DIFFUSERS_TOKENS = 4
+"""What diffusers expects of an IP-Adapter whose projector is one linear map."""
+_SUFFIX = ".attn2.to_k.weight"
+
+
+class TokensConfig(Config):
+    """A vector becomes tokens of the text's width: a linear map, or two with a GELU between, and a LayerNorm if wanted.
+
+    A row without a vector gets zero tokens. Keys and values have no bias, so its stream then adds exactly nothing.
+    """
+
+    in_features: PositiveInt
+    """Length of the vectors; data of any other length is an error."""
+    num_tokens: PositiveInt = 4
+    hidden: PositiveInt | None = None
+    """Width between two linear maps; null is a single one."""
+    layer_norm: bool
+    """Whether every token is normalised, as in IP-Adapter."""
+    trainable: bool = True
+
+    def num_weights(self, width: int, *, bias: bool) -> int:
+        """How many numbers the projector has, for text embeddings of `width`."""
+        widths = [self.in_features, *([self.hidden] if self.hidden else []), self.num_tokens * width]
+        linear = sum(a * b + bias * b for a, b in pairwise(widths))
+        return linear + (1 + bias) * width * self.layer_norm
+
+
+class EmbedToToken(TokensConfig):
+    """Tokens of the image stream, from an embedding of a picture.
+
+    Nothing in it has a bias: an embedding of zeros, which is what diffusers' pipelines take for no picture, becomes
+    zero tokens.
+    """
+
+    layer_norm: bool = True
+
+    @property
+    def in_diffusers(self) -> bool:
+        """Whether diffusers has a projector of this form."""
+        if not self.layer_norm:
+            return False
+        return self.hidden % self.in_features == 0 if self.hidden else self.num_tokens == _DIFFUSERS_TOKENS
+
+
+class LabelToToken(TokensConfig):
+    """Tokens of the label stream, from a label vector. It has biases: a label of zeros is not the same as none."""
+
+    layer_norm: bool = False
+
+
+class LayerRule(Config):
+    """What differs in some cross-attention layers; keys left out say nothing."""
+
+    match: str
+    """Shell pattern of processor names, such as `mid_block.*` or `up_blocks.0.*.transformer_blocks.1.attn2.processor`.
+    """
+    image_scale: Scale | None = None
+    label_scale: Scale | None = None
+    share_kv: bool | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.image_scale is None and self.label_scale is None and self.share_kv is None:
+            raise ValueError(f"the rule for {self.match!r} changes nothing; set image_scale, label_scale or share_kv")
+        return self
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The streams of one layer."""
+
+    image: float
+    """Weight of the image stream's output; 0 is no such stream in this layer, and no weights for it."""
+    label: float
+    shared: bool
+    """Whether the label stream uses the image stream's keys and values."""
+
+    @property
+    def owners(self) -> tuple[StreamName, ...]:
+        """Streams with keys and values of their own."""
+        return ("image",) if self.shared else tuple(name for name in STREAMS if self.scale(name))
+
+    def scale(self, stream: StreamName) -> float:
+        """Weight of a stream's output."""
+        return self.image if stream == "image" else self.label
+
+
+class AdaptersConfig(Config):
+    """Keys and values of extra tokens in every cross-attention layer (IP-Adapter, Ye et al., 2023, arXiv:2308.06721).
+
+    Both start as copies of the text's, so that tokens mean from the first step what text embeddings mean.
+    """
+
+    image_scale: Scale = 1.0
+    label_scale: Scale = 1.0
+    share_ip_kv: bool = False
+    """Whether the label stream uses the image stream's keys and values, in layers that have both."""
+    layers: tuple[LayerRule, ...] = ()
+    """Exceptions. Where several match, the last that says something about a key decides it."""
+    zero_init: Literal["tokens", "values"] = "tokens"
+    """What is zero at first, so that training begins at the base model: the last weights that make the tokens, or the
+    values of all layers."""
+    trainable: bool = True
+
+    def layouts(self, processors: Sequence[str], streams: Iterable[StreamName]) -> dict[str, Layout]:
+        """Each layer's streams, by processor name; layers without any are left out.
+
+        Args:
+            processors: Names of the UNet's cross-attention processors, in diffusers' order.
+            streams: Those that there are at all.
+
+        Raises:
+            ConfigError: A rule matches no layer, speaks of a stream that does not exist, or a stream is off everywhere.
+        """
+        streams = set(streams)
+        for place, rule in enumerate(self.layers):
+            self._check(place, rule, processors, streams)
+        found = {name: self._layout(name, streams) for name in processors}
+        for stream in sorted(streams):
+            if not any(layout.scale(stream) for layout in found.values()):
+                raise ConfigError(
+                    f"train.adapters: the {stream} stream has scale 0 in every layer; remove it or raise it"
+                )
+        return {name: layout for name, layout in found.items() if layout.image or layout.label}
+
+    def _layout(self, name: str, streams: set[StreamName]) -> Layout:
+        image, label, shared = self.image_scale, self.label_scale, self.share_ip_kv
+        for rule in self.layers:
+            if fnmatchcase(name, rule.match):
+                image = image if rule.image_scale is None else rule.image_scale
+                label = label if rule.label_scale is None else rule.label_scale
+                shared = shared if rule.share_kv is None else rule.share_kv
+        image, label = image * ("image" in streams), label * ("label" in streams)
+        return Layout(image, label, shared and image > 0 and label > 0)
+
+    def _check(self, place: int, rule: LayerRule, processors: Sequence[str], streams: set[StreamName]) -> None:
+        where = f"train.adapters.layers.{place}: match {rule.match!r}"
+        if not any(fnmatchcase(name, rule.match) for name in processors):
+            raise ConfigError(f"{where} is no layer's name; there are {', '.join(processors)}")
+        scales = {"image": rule.image_scale, "label": rule.label_scale}
+        for stream, scale in scales.items():
+            if scale is not None and stream not in streams:
+                raise ConfigError(f"{where} sets {stream}_scale, but there is no {stream} stream; remove the key")
+        if rule.share_kv and len(streams) < len(STREAMS):
+            raise ConfigError(f"{where} sets share_kv, but there is only one stream; remove the key")
+
+
+def cross_attention(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """Processor name and (channels, text width) of every cross-attention layer, from the shapes of a UNet's weights."""
+    return {
+        name.removesuffix(_SUFFIX) + ".attn2.processor": (shape[0], shape[1])
+        for name, shape in shapes.items()
+        if name.endswith(_SUFFIX)
+    }
