@@ -18,53 +18,15 @@ stock processor's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
-
-from trainers.config import Config
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class BranchConfig(Config):
-    """What the branches do."""
-
-    branched_self: bool = True
-    """Whether self-attention is branched. Without it references are not looked at, and what remains is PhotoMaker."""
-    branched_cross: bool = True
-    """Whether references are told the face's own prompt (`face_embed_strategy`); otherwise the picture's."""
-    face_embed_strategy: Literal["face", "id", "id_embeds"] = "face"
-    """What a reference is told: `face` is `face_prompt`; `id` the picture's prompt with all but the identity's tokens
-    masked; `id_embeds` the identity's tokens as they were before they were fused with the class word."""
-    face_prompt: str = "a close-up human face"
-    pose_adapt_ratio: Fraction = 0.0
-    """How much of the face's keys and values is the picture's own; 1 leaves nothing of the reference."""
-    ca_mixing_for_face: bool = False
-    """Whether the face also attends to itself, beside the reference."""
-    id_alpha: Fraction = 0.3
-    """How much of the face's keys and values is a projection of the identity; 0 is none, and no projection."""
-    branch_adapters: bool = False
-    """Whether each layer has two more trained maps, of the face's tokens and of the reference's output."""
-    gate: Fraction = 0.0
-    """Where the trained gate of each layer begins: 0 is PhotoMaker as loaded, 1 puts the face's attention in place of
-    the stock one at once (which full-size models bear untrained)."""
-    train_branch_mode: Literal["both", "ref_only"] = "both"
-    """`ref_only` lets self-attention learn from what references contribute alone: what the picture's own rows gather,
-    their queries and their tokens among the face's keys are taken as they are."""
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> Self:
-        if not self.branched_self and self.branched_cross:
-            raise ValueError("branched_cross needs branched_self: nothing else looks at references; set it to false")
-        if self.train_branch_mode == "ref_only" and not self.branched_self:
-            raise ValueError("train_branch_mode ref_only needs branched_self; set it to both")
-        return self
+    from trainers.branching import BranchConfig
 
 
 class Branch(nn.Module):

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from trainers.errors import ModelError
+from trainers.framing import grow_to_square
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from jaxtyping import Bool, Float
@@ -341,26 +342,11 @@ def face_pixels(image: Image.Image, box: tuple[int, int, int, int], size: int) -
     import numpy as np
     from PIL import Image, ImageOps
 
-    face = ImageOps.fit(image.crop(_grow(box, image.size)), (size, size), Image.Resampling.BICUBIC)
+    face = ImageOps.fit(image.crop(grow_to_square(box, image.size)), (size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.asarray(face, np.float32) / 255)
     return ((pixels - torch.tensor(_MEAN)) / torch.tensor(_STD)).permute(2, 0, 1)[None]
 
 
-def _grow(box: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    left, top, right, bottom = box
-    side = max(right - left, bottom - top)
-    margin = int(0.2 * side)
-    left, top = left - (side - (right - left)) // 2 - margin, top - (side - (bottom - top)) // 2 - margin
-    side += 2 * margin
-    return max(0, left), max(0, top), min(size[0], left + side), min(size[1], top + side)
-
-
 def _count(shapes: Mapping[str, object], prefix: str) -> int:
     """How many numbered layers stand under a prefix."""
-    return len(set(_numbers(shapes, prefix)))
-
-
-def _numbers(shapes: Mapping[str, object], prefix: str) -> Iterator[str]:
-    for name in shapes:
-        if name.startswith(prefix):
-            yield name.removeprefix(prefix).split(".")[0]
+    return len({name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)})

@@ -2,12 +2,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from pydantic import ValidationError
 from torch.nn.functional import scaled_dot_product_attention
 
 from trainers.adapters.branched import (
     Branch,
-    BranchConfig,
     BranchedCrossAttention,
     BranchedSelfAttention,
     Faces,
@@ -16,6 +14,7 @@ from trainers.adapters.branched import (
     tokens_inside,
     unreached,
 )
+from trainers.branching import BranchConfig
 
 WIDTH, ID, SIDE, R = 32, 10, 4, 2
 TOKENS = SIDE * SIDE
@@ -386,17 +385,3 @@ class TestMasks:
     def test_a_layer_that_is_no_halving_is_an_error(self):
         with pytest.raises(ValueError, match="no halving"):
             tokens_inside(torch.ones(1, 1, 8, 8), 15)
-
-
-@pytest.mark.parametrize(
-    "tree",
-    [
-        {"branched_self": False},
-        {"branched_self": False, "branched_cross": False, "train_branch_mode": "ref_only"},
-        {"id_alpha": 1.5},
-        {"pose_adapt_ratio": -0.1},
-    ],
-)
-def test_configurations_that_make_no_sense_are_refused(tree):
-    with pytest.raises(ValidationError):
-        BranchConfig(**tree)
