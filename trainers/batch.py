@@ -29,6 +29,7 @@ class Stream(IntEnum):
     ORDER = 4
     LAYERS = 5
     OFFSET = 6
+    REFERENCE = 7
 
 
 def example_rng(seed: int, step: int, place: int, stream: Stream) -> torch.Generator:
