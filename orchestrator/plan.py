@@ -62,6 +62,7 @@ def _check_trial(trial: TrialSpec, document: Document, params: Mapping[str, Valu
         trial.train.check()
         where = ("trial", "evaluate")
         trial.evaluate.check()
+        trial.evaluate.check_model(trial.train.backbone)
         where = ("trial", "train")
         _check_references(trial)
     except (ModelError, DataError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from typing_extensions import override
 
@@ -207,6 +207,8 @@ class BackboneConfig(Choice):
     """The denoiser's layers that adapters are added to."""
     trains_text: ClassVar[bool] = True
     """Whether trained text encoders can be saved in a file that diffusers loads."""
+    schedulers: ClassVar[tuple[SchedulerName, ...]] = get_args(SchedulerName)
+    """The samplers that pictures can be drawn with."""
 
     @property
     @abstractmethod
@@ -249,3 +251,8 @@ class BackboneConfig(Choice):
     @abstractmethod
     def text_files(self) -> tuple[Path, ...]:
         """Files that determine what `encode_prompts` returns while the text encoders are frozen."""
+
+    @property
+    @abstractmethod
+    def text_options(self) -> tuple[str, ...]:
+        """What determines it besides files and the denoiser's precision."""

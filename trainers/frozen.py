@@ -157,7 +157,8 @@ class Texts:
 def encode_texts(frozen: Frozen, prompts: Iterable[str | None]) -> Texts:
     """Encode every distinct prompt, one at a time, with text encoders that never change."""
     distinct = list(dict.fromkeys(prompts))
-    network = frozen.describe(frozen.config.text_files(), frozen.backbone.dtype)
+    config = frozen.config
+    network = digest(frozen.describe(config.text_files(), frozen.backbone.dtype), *config.text_options)
 
     def make(i: int) -> Tensors:
         text = frozen.backbone.encode_prompts([distinct[i]])

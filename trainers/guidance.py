@@ -12,8 +12,9 @@ from typing import Literal
 from pydantic import Field
 from typing_extensions import override
 
-from trainers.backbone import SchedulerName
+from trainers.backbone import BackboneConfig, SchedulerName
 from trainers.config import Choice, Config
+from trainers.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -60,3 +61,19 @@ class SamplingConfig(Config):
     guidance: Guidance = ClassifierFree()
     batch_size: int = Field(default=4, ge=1)
     """Pictures per denoiser call, before guidance multiplies the rows, and per decoder call."""
+
+    def check_model(self, backbone: BackboneConfig) -> None:
+        """Find what the model cannot draw, without torch.
+
+        Raises:
+            ModelError: It cannot be drawn from with this scheduler, or not at this resolution.
+        """
+        if self.scheduler not in backbone.schedulers:
+            raise ModelError(
+                f"scheduler is {self.scheduler}, which cannot draw from this model; expected one of "
+                f"{', '.join(backbone.schedulers)}"
+            )
+        if self.resolution % backbone.downscale:
+            raise ModelError(
+                f"resolution is {self.resolution}; expected a multiple of {backbone.downscale} (the model's)"
+            )

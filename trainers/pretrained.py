@@ -21,6 +21,8 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 _STEMS = {"text_encoder": "model", "text_encoder_2": "model"}
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
+_VARIANTS = ("fp16", "bf16")
+"""Precisions that weight files are named after where a folder has no others."""
 
 
 class PretrainedConfig(BackboneConfig):
@@ -100,6 +102,11 @@ class PretrainedConfig(BackboneConfig):
         tokenizers = (file for name in self.tokenizer_names for file in self.tokenizer_files(name))
         return (self.path / "model_index.json", *networks, *tokenizers)
 
+    @property
+    @override
+    def text_options(self) -> tuple[str, ...]:
+        return (str(self.text_encoder_dtype), str(self.text_encoder_device))
+
     @override
     def denoiser_files(self) -> tuple[Path, ...]:
         return self._network_files(self.denoiser_name)
@@ -112,9 +119,12 @@ class PretrainedConfig(BackboneConfig):
         return elsewhere / component if (elsewhere / component).is_dir() else elsewhere
 
     def variant(self, component: str) -> str | None:
-        """`fp16` if the component comes in that precision only."""
-        stem = _STEMS.get(component, _DIFFUSERS_STEM)
-        return None if _weights(self.folder(component), f"{stem}.safetensors") else "fp16"
+        """`fp16` or `bf16` if the component comes in that precision only.
+
+        Raises:
+            ModelError: It does not come in any.
+        """
+        return self._weights(component)[0]
 
     def component_config(self, component: str) -> dict[str, Any]:
         """A component's `config.json`."""
@@ -130,11 +140,15 @@ class PretrainedConfig(BackboneConfig):
 
     def weight_files(self, component: str) -> tuple[Path, ...]:
         """The files that hold a component's weights."""
+        return self._weights(component)[1]
+
+    def _weights(self, component: str) -> tuple[str | None, tuple[Path, ...]]:
         folder, stem = self.folder(component), _STEMS.get(component, _DIFFUSERS_STEM)
-        files = _weights(folder, f"{stem}.safetensors") or _weights(folder, f"{stem}.fp16.safetensors")
-        if not files:
-            raise ModelError(f"{folder}: no {stem}.safetensors, nor {stem}.fp16.safetensors; is the download complete?")
-        return files
+        for variant in (None, *_VARIANTS):
+            if files := _weights(folder, ".".join(filter(None, (stem, variant, "safetensors")))):
+                return variant, files
+        others = "".join(f", nor {stem}.{variant}.safetensors" for variant in _VARIANTS)
+        raise ModelError(f"{folder}: no {stem}.safetensors{others}; is the download complete?")
 
     def tokenizer_files(self, component: str) -> tuple[Path, ...]:
         """The files that determine a tokenizer."""

@@ -17,6 +17,7 @@ from trainers.errors import ConfigError
 from trainers.guidance import ClassifierFree, Guidance, SamplingConfig
 
 if TYPE_CHECKING:
+    from trainers.backbone import BackboneConfig
     from trainers.batch import DataConfig
     from trainers.frozen import Frozen, Images
 
@@ -39,16 +40,18 @@ class PriorConfig(Config):
     batch_size: PositiveInt = 4
     """Pictures drawn at once."""
 
-    def check(self, data: DataConfig) -> None:
+    def check(self, data: DataConfig, backbone: BackboneConfig) -> None:
         """Find what is wrong before anything is loaded.
 
         Raises:
             DataError: The folder has no pictures.
             ConfigError: Training pictures are not square.
+            ModelError: The model cannot draw with the scheduler.
         """
         height, width = data.size
         if height != width:
             raise ConfigError(f"train.prior: training pictures are {height} x {width}; expected square ones")
+        self._sampling(height).check_model(backbone)
         if self.path is not None:
             self._reader(self.path, height).check()
 
@@ -103,7 +106,9 @@ class PriorConfig(Config):
         config = frozen.config
         files = (*config.denoiser_files(), *config.text_files(), *config.image_files())
         sampling = self._sampling(resolution).model_dump_json(exclude={"batch_size"})
-        return digest("class", self.prompt, sampling, frozen.describe(files, frozen.backbone.dtype))
+        noise = str(sorted(frozen.backbone.sampling_scheduler(self.scheduler).config.items()))
+        model = frozen.describe(files, frozen.backbone.dtype)
+        return digest("class", self.prompt, sampling, noise, model, *config.text_options)
 
     def _reader(self, folder: Path, resolution: int) -> FolderConfig:
         return FolderConfig(path=folder, resolution=resolution, instance_prompt=self.prompt)

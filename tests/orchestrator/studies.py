@@ -32,10 +32,11 @@ def build_sdxl_folder(folder: Path) -> Path:
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 6 * 8 + 32,
+            "cross_attention_dim": 16 + 16,
         },
         "vae": {"block_out_channels": [8, 8, 8, 8]},
-        "text_encoder": {},
-        "text_encoder_2": {"projection_dim": 32},
+        "text_encoder": {"hidden_size": 16},
+        "text_encoder_2": {"hidden_size": 16, "projection_dim": 32},
     }
     for name, config in configs.items():
         (folder / name).mkdir(parents=True)

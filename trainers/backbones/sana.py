@@ -48,6 +48,7 @@ class SanaConfig(PretrainedConfig):
     denoiser_name: ClassVar[str] = "transformer"
     lora_targets: ClassVar = ("to_q", "to_k", "to_v")  # as diffusers' example has it
     trains_text: ClassVar = False
+    schedulers: ClassVar = ("euler", "dpmpp_2m")
 
     kind: Literal["sana"] = "sana"
     instruction: str = INSTRUCTION
@@ -72,6 +73,11 @@ class SanaConfig(PretrainedConfig):
     @override
     def prediction(self) -> Prediction:
         return "flow"
+
+    @property
+    @override
+    def text_options(self) -> tuple[str, ...]:
+        return (*super().text_options, self.instruction, str(self.max_sequence_length))
 
     @property
     def num_timesteps(self) -> int:
@@ -256,7 +262,7 @@ class Sana(Backbone):
             solver = {"algorithm_type": "dpmsolver++", "solver_order": 2, "num_train_timesteps": num_timesteps}
             same = shipped if shipped.get("_class_name") == "DPMSolverMultistepScheduler" else {}
             return DPMSolverMultistepScheduler.from_config({**same, **flow, **solver})
-        raise ConfigError(f"{name} draws from diffusion models; a flow expects euler or dpmpp_2m")
+        raise ConfigError(f"{name} draws from diffusion models; a flow expects {' or '.join(self.config.schedulers)}")
 
     @override
     @contextmanager

@@ -45,7 +45,7 @@ class DreamboothConfig(TunedConfig):
     def check(self) -> None:
         super().check()
         if self.prior:
-            self.prior.check(self.data)
+            self.prior.check(self.data, self.backbone)
 
     @override
     def build(self, seed: int, cache: Path | None, accelerator: Accelerator) -> Method:

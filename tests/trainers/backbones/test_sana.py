@@ -14,7 +14,9 @@ from trainers.backbone import TextEmbeddings
 from trainers.backbones.sana import INSTRUCTION as STOCK_INSTRUCTION
 from trainers.backbones.sana import SanaConfig
 from trainers.batch import Geometry
+from trainers.cache import Cache
 from trainers.errors import ConfigError, ModelError
+from trainers.frozen import Frozen, encode_texts
 from trainers.guidance import ClassifierFree, SamplingConfig
 from trainers.prompt import Prompt, Request
 from trainers.sampling import generate, noise_rng
@@ -184,9 +186,32 @@ def test_the_solver_that_a_folder_ships_is_used_with_its_own_settings(copied, lo
     assert loaded.sampling_scheduler("dpmpp_2m").config.lower_order_final
 
 
-def test_ddim_is_refused(loaded):
+def test_ddim_is_refused_before_anything_is_loaded(loaded):
+    with pytest.raises(ModelError, match=r"scheduler is ddim.*expected one of euler, dpmpp_2m"):
+        SamplingConfig(resolution=64, scheduler="ddim").check_model(loaded.config)
     with pytest.raises(ConfigError, match="euler or dpmpp_2m"):
         loaded.sampling_scheduler("ddim")
+
+
+def test_a_resolution_between_latents_is_refused_before_anything_is_loaded(copied):
+    vae = copied / "vae" / "config.json"
+    edit(vae, encoder_block_out_channels=[8] * 6)
+    with pytest.raises(ModelError, match="resolution is 72; expected a multiple of 32"):
+        SamplingConfig(resolution=72, scheduler="euler").check_model(SanaConfig(path=copied))
+    SamplingConfig(resolution=64, scheduler="euler").check_model(SanaConfig(path=copied))
+
+
+@pytest.mark.parametrize(
+    "options", [{"instruction": "other"}, {"max_sequence_length": 30}, {"text_encoder_dtype": "bfloat16"}]
+)
+def test_what_changes_embeddings_is_never_answered_from_the_cache_of_another(folder, accelerator, tmp_path, options):
+    def embed(**changes):
+        config = SanaConfig(path=folder, **{"instruction": INSTRUCTION, "max_sequence_length": 24, **changes})
+        frozen = Frozen(config, config.load(CPU, torch.float32), Cache(tmp_path), accelerator)
+        return encode_texts(frozen, ["b"]).embeddings.tensors()
+
+    plain, changed = embed(), embed(**options)
+    assert not all(torch.equal(plain[name], changed[name]) for name in plain)
 
 
 def test_predictions_do_not_depend_on_how_much_padding_there_is(folder, loaded):
@@ -220,6 +245,14 @@ def test_half_precision_leaves_gemma_in_bfloat16_and_the_autoencoder_in_float32(
     assert backbone.encode_prompts(["a"]).hidden.dtype == text
     assert backbone.encode_image(torch.zeros(1, 3, 64, 64)).mean.dtype == torch.float32
     assert backbone.denoise(noise(backbone, 1), torch.tensor([500.0]), rows(backbone, ["a"])).dtype == dtype
+
+
+def test_a_folder_of_bf16_files_only_is_accepted(copied, loaded):
+    for file in list(copied.rglob("*.safetensors")):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".bf16.safetensors")))
+    variant = load(copied)
+    for name, value in loaded.denoiser.state_dict().items():
+        assert torch.equal(variant.denoiser.state_dict()[name], value)
 
 
 def test_every_component_has_the_precision_that_is_asked_for(folder):
