@@ -1,0 +1,51 @@
+"""A training step of SANA next to one written out as in diffusers' `train_dreambooth_lora_sana.py`."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+
+from tests.trainers.models import INSTRUCTION, build_sana
+from trainers.batch import Batch
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return build_sana(tmp_path / "sana", euler=True)
+
+
+@pytest.fixture
+def method(make_config, folder, pictures, accelerator):
+    config = make_config(
+        kind="dreambooth",
+        backbone={"kind": "sana", "path": str(folder), "instruction": INSTRUCTION, "max_sequence_length": 24},
+        data={"kind": "folder", "path": str(pictures), "resolution": 64, "instance_prompt": "A photo of a Zog"},
+    )
+    return config.build(0, None, accelerator)
+
+
+def test_losses_equal_the_examples(method, folder):
+    batch = Batch(0, (0, 1, 2, 3), (0, 1, 2, 3))
+    noised = method._denoising.noised(batch)
+    pipeline = SanaPipeline.from_pretrained(folder, local_files_only=True)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    with torch.no_grad():
+        embeddings, mask, _, _ = pipeline.encode_prompt(
+            ["A photo of a Zog"] * 4, max_sequence_length=24, complex_human_instruction=INSTRUCTION.split("\n")
+        )
+        pixels = torch.cat([method.data.read(example).pixels for example in method.examples[:4]])
+        latents = pipeline.vae.encode(pixels).latent * pipeline.vae.config.scaling_factor
+        indices = [int((scheduler.timesteps - t).abs().argmin()) for t in noised.t]
+        timesteps, sigmas = scheduler.timesteps[indices], scheduler.sigmas[indices].view(4, 1, 1, 1)
+        noisy = (1.0 - sigmas) * latents + sigmas * noised.noise
+        prediction = pipeline.transformer(noisy, embeddings, timesteps, encoder_attention_mask=mask, return_dict=False)[
+            0
+        ]
+        expected = (prediction - (noised.noise - latents)).square().reshape(4, -1).mean(1)
+        torch.testing.assert_close(timesteps, noised.t)
+        torch.testing.assert_close(method.losses(batch), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_trained_is_counted_without_torch(method):
+    trained = method.trained()["transformer"].parameters()
+    assert method.config.num_trainable() == sum(value.numel() for value in trained.values())
+    assert {name.split(".")[-4] for name in trained} == {"to_q", "to_k", "to_v"}
