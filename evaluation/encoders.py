@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from evaluation.clip_folder import ClipFolder, read_clip_folder
 from evaluation.metric import Encoder, Encoders
-from trainers.cache import Cache, digest, hash_file
+from trainers.cache import Cache, digest
 from trainers.data import transforms
 from trainers.errors import ModelError
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Int
     from PIL import Image
     from torch import Tensor
+
+    from trainers.batch import Source
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +83,13 @@ class ClipEncoder(Encoder):
         return np.stack([rows[prompt] for prompt in prompts])
 
     @override
-    def embed_references(self, paths: Sequence[Path]) -> Float32[np.ndarray, "n width"]:
-        def row(path: Path) -> Float32[np.ndarray, " width"]:
-            key = digest("clip reference", hash_file(path), transforms.VERSION, self._state)
-            return self._recall(key, lambda: self._compute_images([transforms.open_picture(path)])[0])
+    def embed_references(self, sources: Sequence[Source]) -> Float32[np.ndarray, "n width"]:
+        def row(source: Source) -> Float32[np.ndarray, " width"]:
+            content = hashlib.sha256(source.read_bytes()).hexdigest()
+            key = digest("clip reference", content, transforms.VERSION, self._state)
+            return self._recall(key, lambda: self._compute_images([transforms.open_picture(source)])[0])
 
-        return np.stack([row(path) for path in paths])
+        return np.stack([row(source) for source in sources])
 
     def _recall(self, key: str, compute: Callable[[], Float32[np.ndarray, " width"]]) -> Float32[np.ndarray, " width"]:
         """From memory, from disk, or computed: one at a time, so that a row never depends on its neighbours."""

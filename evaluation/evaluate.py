@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from evaluation.config import EvaluateConfig
     from evaluation.metric import Scorer
     from trainers.backbone import Model
+    from trainers.batch import Source
     from trainers.rundir import RunDir
 
 _MAX_SLUG = 40
@@ -45,7 +46,7 @@ class Ranks:
 def evaluate(
     model: Model,
     config: EvaluateConfig,
-    references: Sequence[Path],
+    references: Sequence[Source],
     run: RunDir,
     cache: Path,
     ranks: Ranks | None = None,

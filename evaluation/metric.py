@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image
 
+from trainers.batch import Source
 from trainers.config import Choice
 from trainers.prompt import Sample
 
@@ -30,8 +31,8 @@ class Encoder(ABC):
         """Embed prompts, once per study."""
 
     @abstractmethod
-    def embed_references(self, paths: Sequence[Path]) -> Float32[np.ndarray, "n width"]:
-        """Embed picture files, decoded as training pictures are; once per study."""
+    def embed_references(self, sources: Sequence[Source]) -> Float32[np.ndarray, "n width"]:
+        """Embed pictures, decoded as training pictures are; once per study."""
 
 
 class Encoders(ABC):
@@ -73,7 +74,7 @@ class Metric(Choice):
         """
 
     @abstractmethod
-    def open(self, encoders: Encoders, references: Sequence[Path]) -> Scorer:
+    def open(self, encoders: Encoders, references: Sequence[Source]) -> Scorer:
         """Load models and embed `references`, so that everything that can be wrong is known before any sampling.
 
         Raises:

@@ -154,7 +154,7 @@ def _draw(spec: StudySpec, frozen: TrialSpec, adapter: Path | None, run: RunDir)
     accelerator = build_accelerator(frozen.train)
     model = frozen.train.load_trained(adapter, accelerator)
     config = frozen.evaluate.model_copy(update={"seeds": fresh_seeds(spec.confirm_seeds)})
-    references = [example.path for example in frozen.train.data.split().held_out]
+    references = frozen.train.data.split().held_out
     with accelerator.autocast():
         evaluate(model, config, references, run, spec.cache)
 

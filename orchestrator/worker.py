@@ -129,7 +129,7 @@ def _evaluate(
 
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, gather_object)
     with accelerator.autocast():
-        return evaluate(method.model, config, [example.path for example in method.held_out], run, cache, ranks)
+        return evaluate(method.model, config, method.held_out, run, cache, ranks)
 
 
 def stage_seconds(run: RunDir) -> dict[str, float]:

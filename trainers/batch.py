@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from trainers.config import Choice
 
@@ -67,16 +67,41 @@ AESTHETIC, NEGATIVE_AESTHETIC = 6.0, 2.5
 """What the stock refiner pipeline asks for, and what guidance leads away from."""
 
 
+@runtime_checkable
+class Source(Protocol):
+    """Where a picture's bytes are: a path, or an example; `str()` names it."""
+
+    def read_bytes(self) -> bytes:
+        """The whole file.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Example:
     """One training picture as a data source lists it; no pixels yet."""
 
     key: str
-    """sha256 of the file's bytes."""
+    """sha256 of the file's bytes, and of whatever else decides what `DataConfig.read` makes of them."""
     path: Path
+    """Names the picture; it is a file unless a kind of example says otherwise."""
     prompt: str
     weight: float = 1.0
     """Factor of this example's loss."""
+
+    def read_bytes(self) -> bytes:
+        """The picture's file.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        return self.path.read_bytes()
+
+    def __str__(self) -> str:
+        return str(self.path)
 
 
 @dataclass(frozen=True)

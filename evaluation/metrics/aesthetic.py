@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from evaluation.clip_folder import read_clip_folder
 from evaluation.metric import Encoder, Encoders, Metric, Scorer
+from trainers.batch import Source
 from trainers.config import LocalPath
 from trainers.errors import ModelError
 from trainers.prompt import Sample
@@ -58,7 +59,7 @@ class Aesthetic(Metric):
             _require_width(self.head, shapes[first][1], self.model, folder.width)
 
     @override
-    def open(self, encoders: Encoders, references: Sequence[Path]) -> Scorer:
+    def open(self, encoders: Encoders, references: Sequence[Source]) -> Scorer:
         from trainers.cache import hash_file
 
         weight, bias = load_head(self.head)

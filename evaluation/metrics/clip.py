@@ -1,7 +1,6 @@
 """CLIP similarities: raw cosines, as in DreamBooth (Ruiz et al., 2022, arXiv:2208.12242). Never clipped or rescaled."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -10,6 +9,7 @@ from typing_extensions import override
 
 from evaluation.clip_folder import read_clip_folder
 from evaluation.metric import Encoder, Encoders, Metric, Scorer
+from trainers.batch import Source
 from trainers.config import LocalPath
 from trainers.errors import DataError
 from trainers.prompt import Sample
@@ -27,7 +27,7 @@ class ClipText(Metric):
         read_clip_folder(self.model)
 
     @override
-    def open(self, encoders: Encoders, references: Sequence[Path]) -> Scorer:
+    def open(self, encoders: Encoders, references: Sequence[Source]) -> Scorer:
         return _TextScorer(encoders.clip(self.model))
 
 
@@ -60,7 +60,7 @@ class ClipImage(Metric):
         read_clip_folder(self.model)
 
     @override
-    def open(self, encoders: Encoders, references: Sequence[Path]) -> Scorer:
+    def open(self, encoders: Encoders, references: Sequence[Source]) -> Scorer:
         if not references:
             raise DataError(
                 "metric clip_image compares samples with held-out pictures; got none: "

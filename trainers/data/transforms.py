@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from typing import TYPE_CHECKING
 
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainers.batch import Geometry, Picture
 from trainers.errors import DataError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
+
+    from trainers.batch import Source
 
 VERSION = f"1, Pillow {PIL.__version__}"
 """Changes whenever the pixels that these functions return change."""
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(source: Source) -> Image.Image:
     """Decode a picture: upright by its EXIF tag, transparency over white, as RGB.
 
     Raises:
@@ -28,10 +31,12 @@ def open_picture(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             # A large photo is welcome; Pillow still refuses what can only be an attack on memory.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            with Image.open(io.BytesIO(source.read_bytes())) as file:
                 return _flatten(ImageOps.exif_transpose(file))
+    except UnidentifiedImageError as error:
+        raise DataError(f"{source}: cannot be decoded (not a picture); replace or remove the file") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be decoded ({error}); replace or remove the file") from error
+        raise DataError(f"{source}: cannot be decoded ({error}); replace or remove the file") from error
 
 
 def _flatten(image: Image.Image) -> Image.Image:
@@ -45,20 +50,32 @@ def _flatten(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def crop_square(image: Image.Image, resolution: int) -> tuple[Image.Image, Geometry]:
-    """Resize so that the short side is `resolution`, then cut a centred square."""
+def crop_square(
+    image: Image.Image, resolution: int, place: Callable[[int], int] = lambda margin: margin // 2
+) -> tuple[Image.Image, Geometry]:
+    """Resize so that the short side is `resolution`, then cut a square.
+
+    Args:
+        image: Of any size.
+        resolution: Pixels on each side of the square.
+        place: Where along the long side the square begins, given by how many pixels that side is longer; the default
+            is the centre.
+    """
     width, height = image.size
     scale = resolution / min(width, height)
     resized = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-    left, top = (resized[0] - resolution) // 2, (resized[1] - resolution) // 2
+    margins = (resized[0] - resolution, resized[1] - resolution)
+    left, top = (place(margin) if margin else 0 for margin in margins)
     if resized != image.size:
         image = image.resize(resized, Image.Resampling.BICUBIC)
     image = image.crop((left, top, left + resolution, top + resolution))
     return image, Geometry((height, width), (top, left), (resolution, resolution))
 
 
-def square_picture(path: Path, resolution: int) -> Picture:
-    """A training picture of resolution x resolution pixels.
+def square_picture(
+    source: Source, resolution: int, place: Callable[[int], int] = lambda margin: margin // 2
+) -> Picture:
+    """A training picture of resolution x resolution pixels; arguments as of `crop_square`.
 
     Raises:
         DataError: As `open_picture`.
@@ -66,7 +83,7 @@ def square_picture(path: Path, resolution: int) -> Picture:
     import numpy as np
     import torch
 
-    image, geometry = crop_square(open_picture(path), resolution)
+    image, geometry = crop_square(open_picture(source), resolution, place)
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32))
     # 0 .. 255 to -1 .. 1.
     return Picture((pixels / 127.5 - 1).permute(2, 0, 1).unsqueeze(0), geometry)
