@@ -228,7 +228,7 @@ class Sana(Backbone):
     ) -> Float[Tensor, "b c h w"]:
         if condition.extra:
             raise ConfigError(f"SANA's attention cannot be told {', '.join(condition.extra)}; use another method")
-        if self.config.text_encoder_device is None:
+        if self.config.text_encoder_device is None and self._encoder.device.type != "cpu":
             # Gemma is larger than the denoiser: while that works, the device's memory is its own.
             self._encoder.to("cpu")
         return self.denoiser(
