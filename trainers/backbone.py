@@ -66,6 +66,13 @@ class TextEmbeddings:
         """The same on `device`."""
         return TextEmbeddings(**{name: value.to(device) for name, value in self.tensors().items()})
 
+    def trimmed(self) -> TextEmbeddings:
+        """Without the tokens that are padding in every row: a denoiser that is told the mask does not see them."""
+        if self.mask is None:
+            return self
+        meant = self.mask.any(dim=0)
+        return TextEmbeddings(self.hidden[:, meant], self.pooled, self.mask[:, meant])
+
     def tensors(self) -> dict[str, Tensor]:
         """What there is, by name."""
         named = {"hidden": self.hidden, "pooled": self.pooled, "mask": self.mask}

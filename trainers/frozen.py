@@ -165,7 +165,7 @@ def encode_texts(frozen: Frozen, prompts: Iterable[str | None]) -> Texts:
         return {name: value.cpu() for name, value in text.tensors().items()}
 
     rows = frozen.share(lambda i: digest("text", *_spell(distinct[i]), network), make, len(distinct))
-    embeddings = TextEmbeddings.cat([TextEmbeddings(**row) for row in rows if row is not None])
+    embeddings = TextEmbeddings.cat([TextEmbeddings(**row) for row in rows if row is not None]).trimmed()
     return Texts({prompt: row for row, prompt in enumerate(distinct)}, embeddings)
 
 

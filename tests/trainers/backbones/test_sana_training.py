@@ -5,7 +5,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
 
 from tests.trainers.models import INSTRUCTION, build_sana
-from trainers.batch import Batch
+from trainers.backbone import TextEmbeddings
+from trainers.batch import Batch, Geometry
 
 
 @pytest.fixture
@@ -49,3 +50,24 @@ def test_what_is_trained_is_counted_without_torch(method):
     trained = method.trained()["transformer"].parameters()
     assert method.config.num_trainable() == sum(value.numel() for value in trained.values())
     assert {name.split(".")[-4] for name in trained} == {"to_q", "to_k", "to_v"}
+
+
+def test_padding_of_all_prompts_is_dropped_once_which_changes_no_prediction(method):
+    backbone, prompts = method.backbone, [None, "a", "a longer one"]
+    whole = backbone.encode_prompts(prompts)
+    short = whole.trimmed()
+    assert whole.hidden.shape[1] == whole.mask.shape[1] == 24
+    # The first token, the instruction's last one, and a letter each.
+    assert short.mask.sum(dim=1).tolist() == whole.mask.sum(dim=1).tolist() == [1, 3, 14]
+    assert short.hidden.shape[1] == 14
+    x_t, t = torch.randn(3, *backbone.latent_shape(64, 64)), torch.tensor([100.0, 500.0, 900.0])
+    sizes = [Geometry.whole(64, 64)] * 3
+    torch.testing.assert_close(
+        backbone.denoise(x_t, t, backbone.condition(short, sizes)),
+        backbone.denoise(x_t, t, backbone.condition(whole, sizes)),
+    )
+
+
+def test_embeddings_without_a_mask_are_not_trimmed():
+    text = TextEmbeddings(torch.zeros(1, 4, 2))
+    assert text.trimmed() is text
