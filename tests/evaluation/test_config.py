@@ -37,7 +37,10 @@ def test_it_survives_a_study_file(open_clip_folder):
         ({"scheduler": "ddmi"}, "'ddim', 'euler' or 'dpmpp_2m'"),
         ({"metrics": {}}, "at least 1"),
         ({"metrics": {"Clip T": {"kind": "clip_text", "model": "/x"}}}, "match pattern"),
-        ({"metrics": {"x": {"kind": "fid"}}}, "unknown kind 'fid'; expected one of aesthetic, clip_image, clip_text"),
+        (
+            {"metrics": {"x": {"kind": "fid"}}},
+            "unknown kind 'fid'; expected one of aesthetic, clip_image, clip_text, identity",
+        ),
         ({"metrics": {"x": {"kind": "clip_text", "model": "x"}}}, "expected a path that begins with"),
         ({"sampler": "ddim"}, "Extra inputs"),
     ],
@@ -82,11 +85,11 @@ sys.exit(", ".join(name for name in ("torch", "diffusers", "transformers", "open
 
 def test_every_kind_of_metric_passes_the_contract():
     from tests.contracts.metric import MetricContract
-    from tests.evaluation.metrics import test_aesthetic, test_clip
+    from tests.evaluation.metrics import test_aesthetic, test_clip, test_identity
 
     tested = {
         name.removeprefix("Test")
-        for module in (test_aesthetic, test_clip)
+        for module in (test_aesthetic, test_clip, test_identity)
         for name, value in vars(module).items()
         if name.startswith("Test") and issubclass(value, MetricContract)
     }
