@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from trainers.adapters.streams import STREAMS, Layout, StreamName
 from trainers.errors import ModelError
+from trainers.streams import STREAMS, Layout, StreamName
 
 TOKENS = "ip_hidden_states"
 """Name of the extra tokens, [image | label], in a call's `cross_attention_kwargs`."""

@@ -9,37 +9,32 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from trainers.adapters.streams import TokensConfig
 from trainers.errors import DataError
-
-SUFFIXES = (".npy", ".safetensors")
-"""Files of one embedding each."""
+from trainers.streams import TokensConfig
 
 
 class TokenConditioner(nn.Module):
     """Rows of numbers to rows of tokens; without bias, zeros become zero tokens."""
 
-    def __init__(self, config: TokensConfig, width: int, rng: torch.Generator, *, bias: bool) -> None:
+    def __init__(self, config: TokensConfig, width: int, rng: torch.Generator) -> None:
         """Weights are drawn from `rng`.
 
         Args:
             config: Sizes.
             width: Of the text's embeddings.
             rng: On the CPU, so that they are the same on every device.
-            bias: Of the linear maps and the norm.
         """
         super().__init__()
-        self.num_tokens = config.num_tokens
-        widths = [config.in_features, *([config.hidden] if config.hidden else []), config.num_tokens * width]
+        self.config = config
         layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [_linear(before, after, rng, bias=bias), nn.GELU()]
+        for before, after in pairwise(config.widths(width)):
+            layers += [_linear(before, after, rng, bias=config.bias), nn.GELU()]
         self.proj = nn.Sequential(*layers[:-1])
-        self.norm = nn.LayerNorm(width, bias=bias) if config.layer_norm else nn.Identity()
+        self.norm = nn.LayerNorm(width, bias=config.bias) if config.layer_norm else nn.Identity()
 
     def forward(self, x: Float[Tensor, "b f"], present: Bool[Tensor, " b"]) -> Float[Tensor, "b tokens width"]:
         """Tokens of every row, zero where it is not `present`."""
-        tokens = self.norm(self.proj(x).unflatten(1, (self.num_tokens, -1)))
+        tokens = self.norm(self.proj(x).view(len(x), self.config.num_tokens, -1))
         # A product rather than a choice: all weights take part in every step, also when no row is present.
         return tokens * present[:, None, None].to(tokens.dtype)
 
@@ -58,11 +53,11 @@ def _linear(before: int, after: int, rng: torch.Generator, *, bias: bool) -> nn.
     return linear
 
 
-def read_embedding(path: Path, where: str) -> Float[Tensor, " f"]:
+def read_embedding(path: Path, where: str, length: int) -> Float[Tensor, " f"]:
     """The vector in a `.npy` file, or the only tensor in a `.safetensors` file; dimensions of length 1 do not count.
 
     Raises:
-        DataError: It cannot be read, is not one vector, or is not finite; begins with `where`.
+        DataError: It cannot be read, is not one vector of `length` finite numbers; begins with `where`.
     """
     import safetensors.torch
     from safetensors import SafetensorError
@@ -79,7 +74,10 @@ def read_embedding(path: Path, where: str) -> Float[Tensor, " f"]:
         raise DataError(f"{where}: {path} cannot be read ({error}); expected one vector of numbers") from error
     value = value.squeeze()
     if value.ndim != 1 or value.is_complex():
-        raise DataError(f"{where}: {path} has shape {tuple(value.shape)}; expected one vector of numbers")
+        found = f"shape {tuple(value.shape)} of {value.dtype}"
+        raise DataError(f"{where}: {path} has {found}; expected one vector of {length} real numbers")
+    if len(value) != length:
+        raise DataError(f"{where}: {path} has {len(value)} numbers; expected {length} (in_features)")
     if not bool(value.isfinite().all()):
         raise DataError(f"{where}: {path} has infinite or undefined numbers; make it again")
     return value.float()

@@ -20,7 +20,7 @@ from trainers.data.transforms import VERSION, open_picture, square_picture
 from trainers.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 COLUMNS = ("image", "caption", "label", "embedding")
 _REQUIRED = ("image", "caption")
@@ -131,13 +131,13 @@ class PairsConfig(DataConfig):
         return tuple(good), tuple(bad)
 
 
-def check_pairs(rows: list[Pair], label: int | None, *, embedding: bool) -> None:
-    """Refuse rows that lack what a method needs.
+def check_pairs(rows: Iterable[Pair], label: int | None, embedding: int | None) -> None:
+    """Refuse rows that lack what a method needs, without reading more than headers.
 
     Args:
         rows: Of one table.
         label: Length of the label vectors; None is that none are needed.
-        embedding: Whether embedding files are needed.
+        embedding: Length of the embeddings in files; None is that none are needed.
 
     Raises:
         DataError: Names file and row.
@@ -147,8 +147,32 @@ def check_pairs(rows: list[Pair], label: int | None, *, embedding: bool) -> None
             raise DataError(f"{row.where}: no label; expected {label} numbers")
         if label is not None and row.label is not None and len(row.label) != label:
             raise DataError(f"{row.where}: the label has {len(row.label)} numbers; expected {label} (in_features)")
-        if embedding and row.embedding is None:
-            raise DataError(f"{row.where}: no embedding; name a file with one, or set image_encoder")
+        if embedding is not None:
+            _check_embedding(row, embedding)
+
+
+def _check_embedding(row: Pair, length: int) -> None:
+    if row.embedding is None:
+        raise DataError(f"{row.where}: no embedding; name a file with one, or set image_encoder")
+    shape = _shape(row.embedding, row.where)
+    if math.prod(shape) != length or length not in shape:
+        raise DataError(f"{row.where}: {row.embedding} has shape {shape}; expected {length} numbers (in_features)")
+
+
+def _shape(path: Path, where: str) -> tuple[int, ...]:
+    """Shape of the embedding in a file, from its header."""
+    import numpy as np
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False).shape
+        opened: Any = safe_open(path, "np")
+        with opened as file:
+            names: list[str] = list(file.keys())
+            return tuple(file.get_slice(names[0]).get_shape()) if len(names) == 1 else (len(names), 0)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"{where}: {path} cannot be read ({error}); expected one vector of numbers") from error
 
 
 def _pair(row: dict[str, Any], table: Path, where: str) -> Pair:

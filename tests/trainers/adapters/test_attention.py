@@ -12,8 +12,8 @@ from trainers.adapters.attention import (
     CrossAttention,
     cross_attention_processors,
 )
-from trainers.adapters.streams import AdaptersConfig, cross_attention
 from trainers.errors import ConfigError, ModelError
+from trainers.streams import AdaptersConfig, cross_attention
 
 WIDTH, TEXT, LENGTHS = 48, 32, {"image": 4, "label": 3}
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.processor"

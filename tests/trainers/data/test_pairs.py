@@ -1,7 +1,9 @@
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.trainers.conftest import draw
 from trainers.batch import DataConfig
@@ -114,14 +116,31 @@ def test_a_table_of_another_kind_is_refused(folder):
 
 def test_needs_of_a_method_are_checked_row_by_row(folder):
     rows = write(folder, HEADER + "0.png,a,0 1,0.npy\n1.png,b,0 1 2,1.npy\n2.png,c,,\n").rows()
-    check_pairs(rows, None, embedding=False)
-    check_pairs(rows[:1], 2, embedding=True)
-    with pytest.raises(DataError, match=r"line 3: the label has 3 numbers; expected 2"):
-        check_pairs(rows[:2], 2, embedding=True)
-    with pytest.raises(DataError, match=r"line 4: no label"):
-        check_pairs(rows[2:], 2, embedding=False)
-    with pytest.raises(DataError, match=r"line 4: no embedding"):
-        check_pairs(rows, None, embedding=True)
+    check_pairs(rows, None, None)
+    check_pairs(rows[:1], 2, 3)
+    for part, label, embedding, message in (
+        (rows[:2], 2, 3, "line 3: the label has 3 numbers; expected 2"),
+        (rows[2:], 2, None, "line 4: no label"),
+        (rows, None, 3, "line 4: no embedding"),
+        (rows[:1], None, 4, r"line 2: .*0\.npy has shape \(3,\); expected 4"),
+    ):
+        with pytest.raises(DataError, match=message):
+            check_pairs(part, label, embedding)
+
+
+@pytest.mark.parametrize(("tensors", "good"), [(1, True), (2, False)])
+def test_headers_of_safetensors_are_looked_at_too(folder, tensors, good):
+    save_file({str(i): np.zeros((1, 3), np.float32) for i in range(tensors)}, folder / "0.safetensors")
+    rows = write(folder, HEADER + "0.png,a,,0.safetensors\n").rows()
+    with nullcontext() if good else pytest.raises(DataError, match="line 2"):
+        check_pairs(rows, None, 3)
+
+
+@pytest.mark.parametrize("name", ["0.npy", "0.safetensors"])
+def test_an_embedding_that_is_rubbish_is_named(folder, name):
+    (folder / name).write_bytes(b"rubbish")
+    with pytest.raises(DataError, match=r"line 2: .*cannot be read"):
+        check_pairs(write(folder, HEADER + f"0.png,a,,{name}\n").rows(), None, 3)
 
 
 def test_held_out_pictures_are_trained_on_in_no_row(folder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -33,20 +33,31 @@ class TokensConfig(Config):
     A row without a vector gets zero tokens. Keys and values have no bias, so its stream then adds exactly nothing.
     """
 
+    bias: ClassVar[bool]
+    """Whether vectors of zeros may become something else than zero tokens."""
+
     in_features: PositiveInt
     """Length of the vectors; data of any other length is an error."""
-    num_tokens: PositiveInt = 4
+    num_tokens: Annotated[int, Field(ge=2)] = 4
+    """Attention to a single token would not depend on its key."""
     hidden: PositiveInt | None = None
     """Width between two linear maps; null is a single one."""
     layer_norm: bool
     """Whether every token is normalised, as in IP-Adapter."""
     trainable: bool = True
 
-    def num_weights(self, width: int, *, bias: bool) -> int:
+    def widths(self, width: int) -> list[int]:
+        """Lengths of what comes before and after each linear map, for text embeddings of `width`."""
+        return [self.in_features, *([self.hidden] if self.hidden else []), self.num_tokens * width]
+
+    def num_weights(self, width: int) -> int:
         """How many numbers the projector has, for text embeddings of `width`."""
-        widths = [self.in_features, *([self.hidden] if self.hidden else []), self.num_tokens * width]
-        linear = sum(a * b + bias * b for a, b in pairwise(widths))
-        return linear + (1 + bias) * width * self.layer_norm
+        linear = sum(a * b + self.bias * b for a, b in pairwise(self.widths(width)))
+        return linear + (1 + self.bias) * width * self.layer_norm
+
+    def description(self) -> dict[str, Any]:
+        """Everything that a file of its weights depends on."""
+        return self.model_dump(exclude={"trainable"})
 
 
 class EmbedToToken(TokensConfig):
@@ -55,6 +66,8 @@ class EmbedToToken(TokensConfig):
     Nothing in it has a bias: an embedding of zeros, which is what diffusers' pipelines take for no picture, becomes
     zero tokens.
     """
+
+    bias: ClassVar = False
 
     layer_norm: bool = True
 
@@ -68,6 +81,8 @@ class EmbedToToken(TokensConfig):
 
 class LabelToToken(TokensConfig):
     """Tokens of the label stream, from a label vector. It has biases: a label of zeros is not the same as none."""
+
+    bias: ClassVar = True
 
     layer_norm: bool = False
 

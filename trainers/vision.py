@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from trainers.config import Config, LocalPath
 from trainers.errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
     from jaxtyping import Float
     from PIL import Image
     from torch import Tensor
+
+    from trainers.batch import Example
+    from trainers.frozen import Frozen
 
 _MODEL_TYPES = ("clip_vision_model", "clip")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -80,6 +85,31 @@ class ImageEncoderConfig(Config):
             return (found[0],)
         index: dict[str, Any] = json.loads(found[0].read_text(encoding="utf-8"))
         return (found[0], *(self.path / name for name in sorted(set(index["weight_map"].values()))))
+
+
+def encode_pictures(frozen: Frozen, encoder: ImageEncoderConfig, examples: Sequence[Example]) -> Float[Tensor, "n f"]:
+    """Show every picture to a vision tower that never changes, one at a time, through the cache.
+
+    Raises:
+        DataError: A picture cannot be decoded.
+        ModelError: As the tower's `load`.
+    """
+    import torch
+    import transformers
+
+    from trainers.cache import digest
+    from trainers.data.transforms import VERSION, open_picture
+
+    # Nothing is loaded if all is in the cache.
+    tower = cache(lambda: encoder.load(frozen.accelerator.device))
+    network = frozen.describe(encoder.files(), torch.float32)
+    version = f"{VERSION}, transformers {transformers.__version__}"
+
+    def make(i: int) -> dict[str, Tensor]:
+        return {"embedding": tower().embed(open_picture(examples[i].path))}
+
+    rows = frozen.share(lambda i: digest("clip vision", examples[i].key, version, network), make, len(examples))
+    return torch.stack([row["embedding"] for row in rows if row is not None])
 
 
 @dataclass(frozen=True)
