@@ -4,6 +4,7 @@ import pytest
 
 import trainers.methods  # noqa: F401, registers the kinds
 from trainers.backbone import BackboneConfig
+from trainers.face import FaceConfig
 from trainers.method import MethodConfig
 from trainers.optim import OptimizerConfig
 
@@ -16,6 +17,7 @@ TESTS = Path(__file__).parents[1] / "trainers"
         ("methods", "MethodContract", MethodConfig.kinds()),
         ("backbones", "BackboneContract", BackboneConfig.kinds()),
         ("optimizers", "OptimizerContract", OptimizerConfig.kinds()),
+        ("faces", "FaceContract", FaceConfig.kinds()),
     ],
 )
 def test_every_kind_inherits_its_contract(folder, contract, kinds):
