@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from trainers.packing import fits, load_packed, pack
+
+
+def rows(count, dtype=torch.float32):
+    return [
+        {"mean": torch.full((1, 2, 3), float(i), dtype=dtype), "sizes": torch.tensor([[i, i + 1]])}
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_come_back_as_they_were(tmp_path, dtype):
+    pack(tmp_path, rows(5, dtype))
+    kept, columns = load_packed(tmp_path)
+    assert kept == [0, 1, 2, 3, 4]
+    for name, column in columns.items():
+        assert torch.equal(column, torch.cat([row[name] for row in rows(5, dtype)]))
+
+
+def test_missing_rows_are_left_out_and_the_others_keep_their_numbers(tmp_path):
+    first, second, third = rows(3)
+    pack(tmp_path, [None, first, None, second, third])
+    kept, columns = load_packed(tmp_path)
+    assert kept == [1, 3, 4]
+    assert columns["sizes"].tolist() == [[0, 1], [1, 2], [2, 3]]
+
+
+def test_rows_may_come_from_a_generator(tmp_path):
+    pack(tmp_path, (row for row in rows(2)))
+    assert load_packed(tmp_path)[0] == [0, 1]
+
+
+def test_what_was_never_packed_is_none(tmp_path):
+    assert load_packed(tmp_path) is None
+
+
+def test_what_was_cut_short_is_none(tmp_path):
+    pack(tmp_path, rows(3))
+    file = tmp_path / "mean.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert load_packed(tmp_path) is None
+
+
+def test_an_interrupted_packing_leaves_nothing_that_counts(tmp_path):
+    def broken():
+        yield from rows(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(tmp_path, broken())
+    assert load_packed(tmp_path) is None
+    pack(tmp_path, rows(2))
+    assert load_packed(tmp_path)[0] == [0, 1]
+
+
+def test_writing_to_a_mapped_column_does_not_change_the_file(tmp_path):
+    pack(tmp_path, rows(2))
+    load_packed(tmp_path)[1]["mean"].zero_()
+    assert load_packed(tmp_path)[1]["mean"].sum() == 6
+
+
+def test_a_hundred_thousand_pictures_of_sdxl_do_not_fit():
+    row = {"mean": torch.empty(1, 4, 128, 128), "logvar": torch.empty(1, 4, 128, 128)}
+    assert fits(row, 5_000)
+    assert not fits(row, 100_000)
