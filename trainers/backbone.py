@@ -220,7 +220,7 @@ class BackboneConfig(Choice):
     @property
     @abstractmethod
     def downscale(self) -> int:
-        """Pixels per latent, along each axis."""
+        """Sides of pictures are multiples of this many pixels: a latent's, or a token's of several latents."""
 
     @property
     @abstractmethod

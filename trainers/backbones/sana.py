@@ -51,9 +51,10 @@ class SanaConfig(PretrainedConfig):
     schedulers: ClassVar = ("euler", "dpmpp_2m")
 
     kind: Literal["sana"] = "sana"
-    instruction: str = INSTRUCTION
+    instruction: str | None = None
     """What the text encoder reads before each prompt, in training and in sampling alike; none before a negative
-    prompt. It must be the one that the model was trained with; empty is none."""
+    prompt. It must be the one that the model was trained with: null is the folder's `instruction.txt` or, where there
+    is none, the stock pipeline's; empty is none."""
     max_sequence_length: PositiveInt = 300
     """Tokens of a prompt that the transformer sees; the rest is cut off."""
 
@@ -67,7 +68,20 @@ class SanaConfig(PretrainedConfig):
     @property
     @override
     def downscale(self) -> int:
+        return self.latent_pixels * self.component_config("transformer").get("patch_size", 1)
+
+    @property
+    def latent_pixels(self) -> int:
+        """Pixels per latent, along each axis; the transformer may see several latents as one token."""
         return 2 ** (len(self.component_config("vae")["encoder_block_out_channels"]) - 1)
+
+    @property
+    def instruction_text(self) -> str:
+        """What `instruction` means in this folder."""
+        if self.instruction is not None:
+            return self.instruction
+        file = self.path / "instruction.txt"
+        return file.read_text(encoding="utf-8") if file.is_file() else INSTRUCTION
 
     @property
     @override
@@ -77,7 +91,7 @@ class SanaConfig(PretrainedConfig):
     @property
     @override
     def text_options(self) -> tuple[str, ...]:
-        return (*super().text_options, self.instruction, str(self.max_sequence_length))
+        return (*super().text_options, self.instruction_text, str(self.max_sequence_length))
 
     @property
     def num_timesteps(self) -> int:
@@ -152,7 +166,8 @@ class Sana(Backbone):
         self.pipeline = diffusers.SanaPipeline  # pyright: ignore[reportPrivateImportUsage]
         self.process = Flow(config.shift, config.num_timesteps)
         self._factor = float(cast("Any", self.vae).config.scaling_factor)
-        self._downscale = config.downscale
+        self._latent_pixels = config.latent_pixels
+        self._instruction = config.instruction_text
         self._scale = 1.0
 
     @property
@@ -162,7 +177,8 @@ class Sana(Backbone):
 
     @override
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return cast("Any", self.denoiser).config.in_channels, height // self._downscale, width // self._downscale
+        pixels = self._latent_pixels
+        return cast("Any", self.denoiser).config.in_channels, height // pixels, width // pixels
 
     @override
     def encode_image(self, pixels: Float[Tensor, "1 3 h w"]) -> Moments:
@@ -190,7 +206,7 @@ class Sana(Backbone):
     def _embed(self, prompt: str, *, asked: bool) -> TextEmbeddings:
         """One row; what is not `asked` for, a negative prompt, has no instruction before it."""
         self._encoder.to(self._text_device)
-        instruction, length = self.config.instruction if asked else "", self.config.max_sequence_length
+        instruction, length = self._instruction if asked else "", self.config.max_sequence_length
         # The stock pipeline's arithmetic: what the instruction takes, less the two tokens that are kept of it below.
         whole = length + (len(self._tokenizer.encode(instruction)) - 2 if instruction else 0)
         tokens = self._tokenizer(
@@ -215,12 +231,12 @@ class Sana(Backbone):
         import torch
 
         condition = super().prepare(prompts, height, width)
-        if negative is None or None not in prompts:
-            return condition
-        with torch.no_grad(), torch.autocast(self._text_device.type, enabled=False):
-            unwanted = Condition(self._embed(negative, asked=False))
-        rows = [unwanted if prompt is None else condition.select([row]) for row, prompt in enumerate(prompts)]
-        return Condition.cat(rows)
+        if negative is not None and None in prompts:
+            with torch.no_grad(), torch.autocast(self._text_device.type, enabled=False):
+                unwanted = Condition(self._embed(negative, asked=False))
+            rows = [unwanted if prompt is None else condition.select([row]) for row, prompt in enumerate(prompts)]
+            condition = Condition.cat(rows)
+        return Condition(condition.text.trimmed())
 
     @override
     def denoise(

@@ -14,9 +14,7 @@ from trainers.backbone import TextEmbeddings
 from trainers.backbones.sana import INSTRUCTION as STOCK_INSTRUCTION
 from trainers.backbones.sana import SanaConfig
 from trainers.batch import Geometry
-from trainers.cache import Cache
 from trainers.errors import ConfigError, ModelError
-from trainers.frozen import Frozen, encode_texts
 from trainers.guidance import ClassifierFree, SamplingConfig
 from trainers.prompt import Prompt, Request
 from trainers.sampling import generate, noise_rng
@@ -101,16 +99,31 @@ def test_no_prompt_and_a_negative_one_equal_the_stock_pipelines_which_has_no_ins
         complex_human_instruction=INSTRUCTION.split("\n"),
     )
     ours = loaded.prepare([Prompt(text="b"), None], 64, 64, negative=negative).text
-    assert torch.equal(ours.hidden[1:], hidden)
-    assert torch.equal(ours.mask[1:], mask)
-    assert torch.equal(ours.hidden[:1], loaded.encode_prompts(["b"]).hidden)
+    tokens = ours.hidden.shape[1]
+    assert torch.equal(ours.hidden[1:], hidden[:, :tokens])
+    assert torch.equal(ours.mask[1:], mask[:, :tokens])
+    assert not mask[:, tokens:].any()
+    assert torch.equal(ours.hidden[:1], loaded.encode_prompts(["b"]).hidden[:, :tokens])
     assert not torch.equal(loaded.encode_prompts([""]).hidden, loaded.encode_prompts([None]).hidden)
 
 
 def test_the_stock_instruction_and_length_are_the_defaults(folder):
     config = SanaConfig(path=folder)
-    assert config.instruction == STOCK_INSTRUCTION == "\n".join(STOCK_CALL["complex_human_instruction"])
+    assert config.instruction_text == STOCK_INSTRUCTION == "\n".join(STOCK_CALL["complex_human_instruction"])
     assert config.max_sequence_length == STOCK_CALL["max_sequence_length"]
+
+
+def test_a_folders_own_instruction_takes_the_place_of_the_stock_one(copied):
+    (copied / "instruction.txt").write_text("draw: ", encoding="utf-8")
+    config = SanaConfig(path=copied, max_sequence_length=24)
+    ours = config.load(CPU, torch.float32).encode_prompts(["b"])
+    assert torch.equal(ours.hidden, load(copied, instruction="draw: ").encode_prompts(["b"]).hidden)
+    assert SanaConfig(path=copied, instruction="").instruction_text == ""
+
+
+def test_a_token_of_several_latents_wants_larger_steps_of_size(copied):
+    edit(copied / "transformer" / "config.json", patch_size=2)
+    assert SanaConfig(path=copied).downscale == 16
 
 
 def draw(backbone, monkeypatch, scheduler="dpmpp_2m", negative=None, scale=4.5):
@@ -199,19 +212,6 @@ def test_a_resolution_between_latents_is_refused_before_anything_is_loaded(copie
     with pytest.raises(ModelError, match="resolution is 72; expected a multiple of 32"):
         SamplingConfig(resolution=72, scheduler="euler").check_model(SanaConfig(path=copied))
     SamplingConfig(resolution=64, scheduler="euler").check_model(SanaConfig(path=copied))
-
-
-@pytest.mark.parametrize(
-    "options", [{"instruction": "other"}, {"max_sequence_length": 30}, {"text_encoder_dtype": "bfloat16"}]
-)
-def test_what_changes_embeddings_is_never_answered_from_the_cache_of_another(folder, accelerator, tmp_path, options):
-    def embed(**changes):
-        config = SanaConfig(path=folder, **{"instruction": INSTRUCTION, "max_sequence_length": 24, **changes})
-        frozen = Frozen(config, config.load(CPU, torch.float32), Cache(tmp_path), accelerator)
-        return encode_texts(frozen, ["b" * 40]).embeddings.tensors()
-
-    plain, changed = embed(), embed(**options)
-    assert not all(torch.equal(plain[name], changed[name]) for name in plain)
 
 
 def test_predictions_do_not_depend_on_how_much_padding_there_is(folder, loaded):

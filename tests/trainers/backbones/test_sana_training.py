@@ -6,7 +6,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
 
 from tests.trainers.models import INSTRUCTION, build_sana
 from trainers.backbone import TextEmbeddings
+from trainers.backbones.sana import SanaConfig
 from trainers.batch import Batch, Geometry
+from trainers.cache import Cache
+from trainers.frozen import Frozen, encode_texts
 
 
 @pytest.fixture
@@ -71,3 +74,16 @@ def test_padding_of_all_prompts_is_dropped_once_which_changes_no_prediction(meth
 def test_embeddings_without_a_mask_are_not_trimmed():
     text = TextEmbeddings(torch.zeros(1, 4, 2))
     assert text.trimmed() is text
+
+
+@pytest.mark.parametrize(
+    "options", [{"instruction": "other"}, {"max_sequence_length": 30}, {"text_encoder_dtype": "bfloat16"}]
+)
+def test_what_changes_embeddings_is_never_answered_from_the_cache_of_another(folder, accelerator, tmp_path, options):
+    def embed(**changes):
+        config = SanaConfig(path=folder, **{"instruction": INSTRUCTION, "max_sequence_length": 24, **changes})
+        frozen = Frozen(config, config.load(torch.device("cpu"), torch.float32), Cache(tmp_path), accelerator)
+        return encode_texts(frozen, ["b" * 40]).embeddings.tensors()
+
+    plain, changed = embed(), embed(**options)
+    assert not all(torch.equal(plain[name], changed[name]) for name in plain)
