@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -37,6 +37,9 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 
 class MaskSource(Choice):
     """Family of `masks:` sections."""
+
+    finds: ClassVar[bool] = False
+    """Whether masks are found in pictures, not given with them."""
 
     @abstractmethod
     def check(self, pictures: Iterable[Path]) -> None:
@@ -94,6 +97,8 @@ class SamMasks(MaskSource):
     Of the nested masks that it proposes for the points together, the one that it expects to fit best is taken (highest
     predicted IoU). It runs once for each picture; its masks lie in the cache.
     """
+
+    finds: ClassVar[bool] = True
 
     kind: Literal["sam"] = "sam"
     path: LocalPath
