@@ -87,3 +87,24 @@ def test_what_changes_embeddings_is_never_answered_from_the_cache_of_another(fol
 
     plain, changed = embed(), embed(**options)
     assert not all(torch.equal(plain[name], changed[name]) for name in plain)
+
+
+class Elsewhere:
+    """A text encoder on an accelerator, as far as one can be had without."""
+
+    device = torch.device("cuda")
+    moved = None
+
+    def to(self, device):
+        self.moved = device
+
+
+@pytest.mark.parametrize(("asked", "moved"), [(None, "cpu"), ("cuda:1", None)])
+def test_gemma_leaves_the_transformers_device_unless_it_has_one_of_its_own(folder, asked, moved):
+    config = SanaConfig(path=folder, instruction="", max_sequence_length=24)
+    backbone = config.load(torch.device("cpu"), torch.float32)
+    condition = backbone.condition(backbone.encode_prompts(["a"]), [Geometry.whole(64, 64)])
+    backbone.config = config.model_copy(update={"text_encoder_device": asked})
+    backbone._encoder = Elsewhere()
+    backbone.denoise(torch.zeros(1, *backbone.latent_shape(64, 64)), torch.tensor([500.0]), condition)
+    assert backbone._encoder.moved == moved
