@@ -1,6 +1,7 @@
 import pytest
+from open_clip.tokenizer import bytes_to_unicode
+from transformers import CLIPTokenizer
 
-from tests.trainers.conftest import _tokenizer
 from trainers.adapters.trigger import add_trigger, expand_trigger, tokenize
 from trainers.errors import DataError
 
@@ -54,7 +55,11 @@ def test_the_last_place_that_fits_fits():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return add_trigger(_tokenizer(), "img")
+    """CLIP's, of single bytes."""
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    plain = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=32)
+    return add_trigger(plain, "img")
 
 
 def test_a_tokenizer_with_the_trigger_word_reads_prompts(tokenizer):
