@@ -102,6 +102,11 @@ class IdentityConfig(DataConfig):
             for example in examples:
                 open_picture(example.path)
 
+    def check_validation(self) -> None:
+        """Raise ValueError if no photos are held out: there is nothing to evaluate a loss on."""
+        if not self.holdout:
+            raise ValueError("validation needs photos that are held out; set data.holdout")
+
     def check_captions(self, trigger: str) -> None:
         """Look at every caption.
 
