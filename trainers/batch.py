@@ -142,6 +142,9 @@ class Batch:
     """Each row's place in the global batch. With `step` and the trial's seed it determines all that is drawn."""
     indices: tuple[int, ...]
     """Each row's index into the method's examples, and beyond them into what is held out."""
+    levels: tuple[float, ...] | None = None
+    """In validation, where each row stands among the noise levels of training, from 0 to 1; nothing is dropped then.
+    None is training: noise levels are drawn."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,9 @@ class DataConfig(Choice):
         Raises:
             DataError: The file cannot be decoded.
         """
+
+    def check_validation(self) -> None:
+        """Raise ValueError if no captioned examples are held out: there is nothing to evaluate a loss on."""
 
     def pick(self, examples: Sequence[Example], seed: int, step: int, position: int) -> int:  # noqa: ARG002
         """Index of the example at `position` of an endless stream, at optimizer step `step`.

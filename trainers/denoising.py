@@ -56,9 +56,19 @@ class Denoising:
         noise = normal(Stream.NOISE, shape)
         if self._loss.noise_offset:
             noise = noise + self._loss.noise_offset * normal(Stream.OFFSET, torch.Size((shape[0], 1, 1)))
-        steps = [process.draw_t(rng, self._loss.timesteps) for rng in self.rngs(batch, Stream.TIMESTEP)]
-        t = torch.stack(steps).to(backbone.device, non_blocking=True)
+        t = torch.stack(self._timesteps(batch)).to(backbone.device, non_blocking=True)
         return Noised(x0, noise, t, process.add_noise(x0, noise, t), process.target(x0, noise, t))
+
+    def _timesteps(self, batch: Batch) -> list[Tensor]:
+        process, band = self._backbone.process, self._loss.timesteps
+        if batch.levels is not None:
+            return [process.t_at(level, band) for level in batch.levels]
+        return [process.draw_t(rng, band) for rng in self.rngs(batch, Stream.TIMESTEP)]
+
+    def kept(self, batch: Batch, dropout: float) -> list[bool]:
+        """Which rows keep something that training drops with probability `dropout`; all do in validation."""
+        drawn = [float(torch.rand((), generator=rng)) for rng in self.rngs(batch, Stream.DROPOUT)]
+        return [batch.levels is not None or value >= dropout for value in drawn]
 
     def losses(self, prediction: Float[Tensor, "b c h w"], noised: Noised) -> Float[Tensor, " b"]:
         """Each row's mean squared error, weighted by its signal-to-noise ratio as the study says."""

@@ -29,9 +29,24 @@ class NoiseProcess(ABC):
     num_timesteps: int
     """Number of training timesteps; 0 is the least noisy."""
 
-    @abstractmethod
     def draw_t(self, rng: torch.Generator, band: tuple[int, int] | None = None) -> Tensor:
         """One training timestep, as the network is told it; `band` is the first and last to draw from."""
+        low, count = self._band(band)
+        return self.timestep(torch.randint(low, low + count, (), generator=rng))
+
+    def t_at(self, level: float, band: tuple[int, int] | None = None) -> Tensor:
+        """The timestep below which a share `level` (0 to 1, 1 excluded) of the draws lie."""
+        low, count = self._band(band)
+        return self.timestep(torch.tensor(low + int(level * count)))
+
+    def timestep(self, index: Int[Tensor, ""]) -> Tensor:
+        """What the network is told at training timestep number `index`; all numbers are equally likely."""
+        return index
+
+    def _band(self, band: tuple[int, int] | None) -> tuple[int, int]:
+        """First number, and how many there are to draw from."""
+        low, high = band or (0, self.num_timesteps - 1)
+        return low, min(high + 1, self.num_timesteps) - low
 
     @abstractmethod
     def add_noise(
@@ -85,11 +100,6 @@ class Diffusion(NoiseProcess):
     def num_timesteps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Number of training timesteps; t is in 0 .. num_timesteps - 1."""
         return len(self.alphas_cumprod)
-
-    def draw_t(self, rng: torch.Generator, band: tuple[int, int] | None = None) -> Int[Tensor, ""]:
-        """A uniformly drawn timestep."""
-        low, high = band or (0, self.num_timesteps - 1)
-        return torch.randint(low, min(high + 1, self.num_timesteps), (), generator=rng)
 
     def add_noise(
         self, x0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from typing_extensions import override
 
 from trainers.diffusion import NoiseProcess
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor
 
     from trainers.loss import Prediction
@@ -32,10 +31,8 @@ class Flow(NoiseProcess):
     prediction: Prediction = "flow"
 
     @override
-    def draw_t(self, rng: torch.Generator, band: tuple[int, int] | None = None) -> Float[Tensor, ""]:
-        """A timestep of `FlowMatchEulerDiscreteScheduler`'s table, each as likely as any other."""
-        low, high = band or (0, self.num_timesteps - 1)
-        index = torch.randint(low, min(high + 1, self.num_timesteps), (), generator=rng)
+    def timestep(self, index: Int[Tensor, ""]) -> Float[Tensor, ""]:
+        """A timestep of `FlowMatchEulerDiscreteScheduler`'s table."""
         u = (index + 1) / self.num_timesteps
         return self.shift * u / (1 + (self.shift - 1) * u) * self.num_timesteps
 

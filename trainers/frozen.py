@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from trainers.backbone import Backbone, BackboneConfig, Moments, TextEmbeddings
 from trainers.batch import DataConfig, Example, Geometry, Split
 from trainers.cache import Cache, Tensors, digest
 from trainers.errors import DataError
+from trainers.packing import fits, load_packed, pack
 
 log = logging.getLogger(__name__)
 
@@ -32,22 +34,51 @@ class Frozen:
         self, key: Callable[[int], str], make: Callable[[int], Tensors | None], count: int
     ) -> list[Tensors | None]:
         """`make(i)` for every i below `count`, through the cache: each process makes its share of what is missing."""
-        cache = self.cache
-        if cache is None:
-            return [make(i) for i in range(count)]
+        if self.cache is not None and self.accelerator.num_processes > 1:
+            self._make_share(key, make, count)
+        return [self._recall(key, make, i) for i in range(count)]
 
-        def recall(i: int) -> Tensors | None:
-            found = cache.get(key(i))
-            if found is None and (found := make(i)) is not None:
-                cache.put(key(i), found)
-            return found
+    def stack(
+        self, key: Callable[[int], str], make: Callable[[int], Tensors | None], count: int
+    ) -> tuple[list[int], Tensors]:
+        """As `share`, for rows of equal shapes: numbers of those that there are, and each tensor of all of them.
 
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        if world > 1:
-            for i in range(rank, count, world):
-                recall(i)
-            self.accelerator.wait_for_everyone()
-        return [recall(i) for i in range(count)]
+        What memory has no room for is mapped from files in the cache.
+        """
+        first = next((row for i in range(count) if (row := self._recall(key, make, i)) is not None), None)
+        if self.cache is not None and first is not None and not fits(first, count):
+            return self._packed(self.cache.folder(digest("rows", *map(key, range(count)))), key, make, count)
+        rows = self.share(key, make, count)
+        found = [row for row in rows if row is not None]
+        kept = [i for i, row in enumerate(rows) if row is not None]
+        return kept, {name: torch.cat([row[name] for row in found]) for name in found[0]} if found else {}
+
+    def _packed(
+        self, folder: Path, key: Callable[[int], str], make: Callable[[int], Tensors | None], count: int
+    ) -> tuple[list[int], Tensors]:
+        if load_packed(folder) is None:
+            self._make_share(key, make, count)
+        # Whoever has nothing to make waits, too: another study may have packed the folder in between.
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_local_main_process and load_packed(folder) is None:
+            pack(folder, (self._recall(key, make, i) for i in range(count)))
+        self.accelerator.wait_for_everyone()
+        found = load_packed(folder)
+        assert found is not None
+        return found
+
+    def _make_share(self, key: Callable[[int], str], make: Callable[[int], Tensors | None], count: int) -> None:
+        for i in range(self.accelerator.process_index, count, self.accelerator.num_processes):
+            self._recall(key, make, i)
+        self.accelerator.wait_for_everyone()
+
+    def _recall(self, key: Callable[[int], str], make: Callable[[int], Tensors | None], i: int) -> Tensors | None:
+        if self.cache is None:
+            return make(i)
+        found = self.cache.get(key(i))
+        if found is None and (found := make(i)) is not None:
+            self.cache.put(key(i), found)
+        return found
 
     def describe(self, files: Iterable[Path], dtype: torch.dtype) -> str:
         """Everything besides the input that determines what a frozen network of `files` answers."""
@@ -57,7 +88,10 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Images:
-    """All training pictures as the denoiser needs them, in host memory; row i is `split.train[i]`."""
+    """Pictures as the denoiser needs them, in host memory or mapped to it; row i is `split.train[i]`.
+
+    After those come the rows of `split.held_out`, if they were asked for.
+    """
 
     split: Split
     """What was asked for, less the pictures that cannot be decoded."""
@@ -78,30 +112,43 @@ class Images:
         return Images(replace(self.split, train=self.split.train[:count]), moments, self.geometries[:count])
 
     def joined(self, other: Images) -> Images:
-        """These rows, then the training pictures of `other`; what is held out stays."""
-        train = (*self.split.train, *other.split.train)
+        """These training pictures, then those of `other`, then what these have behind theirs."""
+        own, added = len(self.split.train), len(other.split.train)
+
+        def join(mine: Tensor, theirs: Tensor) -> Tensor:
+            return torch.cat([mine[:own], theirs[:added], mine[own:]])
+
         return Images(
-            replace(self.split, train=train),
+            replace(self.split, train=(*self.split.train, *other.split.train)),
             Moments(
-                torch.cat([self.moments.mean, other.moments.mean]),
-                torch.cat([self.moments.logvar, other.moments.logvar]),
+                join(self.moments.mean, other.moments.mean),
+                join(self.moments.logvar, other.moments.logvar),
             ),
-            (*self.geometries, *other.geometries),
+            (*self.geometries[:own], *other.geometries[:added], *self.geometries[own:]),
         )
 
 
-def encode_images(frozen: Frozen, data: DataConfig) -> Images:
-    """Encode every training picture of `data`.
+def encode_images(frozen: Frozen, data: DataConfig, *, held_out: bool = False) -> Images:
+    """Encode every training picture of `data` and, if asked for, those that are held out.
 
     Raises:
         DataError: No picture can be decoded, or one cannot and the data is `strict`.
     """
     split = data.split()
-    images = encode_examples(frozen, data, split.train)
-    unreadable = (*split.unreadable, *images.split.unreadable)
+    judged = split.held_out if held_out else ()
+    images = encode_examples(frozen, data, (*split.train, *judged))
+    lost = {example.path for example in judged} & set(images.split.unreadable)
+    if lost:
+        raise DataError(f"{min(lost)}: held out and cannot be read; remove it")
+    # An example may be one of several of one picture.
+    unreadable = tuple(dict.fromkeys((*split.unreadable, *images.split.unreadable)))
     for path in unreadable:
-        log.warning("%s cannot be decoded and is left out", path)
-    return replace(images, split=Split(images.split.train, split.held_out, unreadable))
+        log.warning("%s cannot be used and is left out", path)
+    data.check_unreadable(unreadable)
+    train = images.split.train[: len(images.split.train) - len(judged)]
+    if not train:
+        raise DataError(f"none of {len(split.train)} training pictures can be decoded; first: {split.train[0].path}")
+    return replace(images, split=Split(train, split.held_out, unreadable))
 
 
 def encode_examples(frozen: Frozen, data: DataConfig, examples: Sequence[Example]) -> Images:
@@ -122,29 +169,31 @@ def encode_examples(frozen: Frozen, data: DataConfig, examples: Sequence[Example
                 raise
             return None
         moments, geometry = backbone.encode_image(picture.pixels), picture.geometry
-        sizes = torch.tensor([geometry.original, geometry.crop, geometry.target])
-        return {"mean": moments.mean.cpu(), "logvar": moments.logvar.cpu(), "geometry": sizes}
+        told = [[*geometry.original, *geometry.crop, *geometry.target, geometry.aesthetic]]
+        row = {"mean": moments.mean, "logvar": moments.logvar, "told": torch.tensor(told, dtype=torch.float64)}
+        return {name: value.cpu() for name, value in row.items()}
 
-    rows = frozen.share(lambda i: digest("image", examples[i].key, data.transform, network), make, len(examples))
-    kept = [(example, row) for example, row in zip(examples, rows, strict=True) if row is not None]
+    kept, columns = frozen.stack(
+        lambda i: digest("picture", examples[i].key, data.transform, network), make, len(examples)
+    )
     if not kept:
         raise DataError(f"none of the {len(examples)} training pictures can be decoded; first: {examples[0].path}")
-    unreadable = tuple(example.path for example, row in zip(examples, rows, strict=True) if row is None)
+    left_out = sorted(set(range(len(examples))) - set(kept))
     return Images(
-        Split(tuple(example for example, _ in kept), (), unreadable),
-        Moments(torch.cat([row["mean"] for _, row in kept]), torch.cat([row["logvar"] for _, row in kept])),
-        tuple(_geometry(row["geometry"]) for _, row in kept),
+        Split(tuple(examples[i] for i in kept), (), tuple(examples[i].path for i in left_out)),
+        Moments(columns["mean"], columns["logvar"]),
+        tuple(_geometry(row) for row in cast("list[list[float]]", columns["told"].tolist())),
     )
 
 
-def _geometry(sizes: Tensor) -> Geometry:
-    height, width, top, left, *target = (int(size) for size in sizes.flatten())
-    return Geometry((height, width), (top, left), (target[0], target[1]))
+def _geometry(told: Sequence[float]) -> Geometry:
+    height, width, top, left, bottom, right = (int(size) for size in told[:6])
+    return Geometry((height, width), (top, left), (bottom, right), told[6])
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Embeddings of all distinct prompts, in host memory; None is no prompt."""
+    """Embeddings of all distinct prompts, in host memory or mapped to it; None is no prompt."""
 
     rows: Mapping[str | None, int]
     embeddings: TextEmbeddings
@@ -164,8 +213,10 @@ def encode_texts(frozen: Frozen, prompts: Iterable[str | None]) -> Texts:
         text = frozen.backbone.encode_prompts([distinct[i]])
         return {name: value.cpu() for name, value in text.tensors().items()}
 
-    rows = frozen.share(lambda i: digest("text", *_spell(distinct[i]), network), make, len(distinct))
-    embeddings = TextEmbeddings.cat([TextEmbeddings(**row) for row in rows if row is not None]).trimmed()
+    _, columns = frozen.stack(lambda i: digest("text", *_spell(distinct[i]), network), make, len(distinct))
+    embeddings = TextEmbeddings(**columns)
+    if fits(embeddings.select([0]).tensors(), len(distinct)):
+        embeddings = embeddings.trimmed()
     return Texts({prompt: row for row, prompt in enumerate(distinct)}, embeddings)
 
 

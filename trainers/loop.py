@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from trainers.batch import Batch, Stream, example_rng
 from trainers.checkpoint import load_checkpoint, save_checkpoint
+from trainers.efficiency import attention_by, check_attention, checkpoint_activations, compile_blocks
 from trainers.errors import CheckpointError, ConfigError, NonFiniteError
 from trainers.method import Method, MethodConfig
 from trainers.optim import OptimizerConfig
 from trainers.rundir import RunDir
+from trainers.samples import SamplesConfig
+from trainers.sampling import draw_samples
+from trainers.validation import ValidationConfig, check_held_out, validate
 
 log = logging.getLogger(__name__)
 
@@ -29,25 +33,41 @@ def fit(method: Method, config: MethodConfig, run: RunDir, accelerator: Accelera
     Raises:
         NonFiniteError: A loss or gradient became infinite or NaN; the step was not taken.
         CheckpointError: There are checkpoints and none can be used.
-        ConfigError: There are more processes than examples in a batch.
+        ConfigError: There are more processes than examples in a batch, or an option does not suit model or device.
+        DataError: There is nothing to validate on.
     """
     if config.batch_size < accelerator.num_processes:
         raise ConfigError(
             f"train.batch_size is {config.batch_size}; expected at least the number of processes "
             f"({accelerator.num_processes}): each needs an example"
         )
+    _prepare(method, config, accelerator)
     training = _Training(method, config, run, accelerator)
     step = training.restore()
     with _training_mode(method):
         while step < config.steps:
             training.take(step)
             step += 1
-            if step % config.log_every == 0 or step == config.steps:
+            if training.due(step, config.log_every):
                 training.report(step)
-            if step % config.checkpoint_every == 0 or step == config.steps:
+            training.look(step)
+            # Last, so that a run which goes on from here has nothing of the steps before left to do.
+            if training.due(step, config.checkpoint_every):
                 training.save(step)
+    training.finish()
     # Gradients and the optimizer's moments make room for sampling.
     accelerator.free_memory()
+
+
+def _prepare(method: Method, config: MethodConfig, accelerator: Accelerator) -> None:
+    """Find out whether the options suit the model, and set it up for them."""
+    if config.validation:
+        check_held_out(method)
+    if config.gradient_checkpointing:
+        checkpoint_activations(method)
+    if config.compile_blocks:
+        compile_blocks(method.backbone.denoiser)
+    check_attention(method, config.attention, accelerator)
 
 
 def split_batch(config: MethodConfig, rank: int, world: int) -> list[range]:
@@ -93,6 +113,12 @@ class _Training:
         self.norm = 0.0
         """Of the last step's gradients, before they were scaled down."""
         self.clock, self.timed = time.monotonic(), 0
+        self.averages = [parameter.detach().clone() for parameter in self.parameters.values()] if config.ema else None
+        """Of the trainable weights."""
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens after `step` of them."""
+        return step % every == 0 or step == self.config.steps
 
     def take(self, step: int) -> None:
         """One optimizer step."""
@@ -100,7 +126,8 @@ class _Training:
             group["lr"] = group["peak"] * self.config.schedule.factor(step, self.config.steps)
         for i, places in enumerate(self.micro_batches):
             last = i == len(self.micro_batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.module):
+            synchronised = nullcontext() if last else self.accelerator.no_sync(self.module)
+            with synchronised, attention_by(self.config.attention):
                 self._backward(step, places)
         limit = self.config.max_grad_norm
         norm = float(cast("Tensor", self.accelerator.clip_grad_norm_(self.parameters.values(), limit)))
@@ -110,6 +137,8 @@ class _Training:
             self._refuse(step, norm)
         self.stepper.step()
         self.optimizer.zero_grad()
+        if self.config.ema and self.averages:
+            self.config.ema.update(self.averages, list(self.parameters.values()), step)
         self.counted += 1
         self.timed += 1
 
@@ -139,7 +168,7 @@ class _Training:
         loss = float(cast("Tensor", self.accelerator.reduce(self.loss, reduction="sum"))) / self.counted
         now = time.monotonic()
         speed = self.timed * self.config.batch_size / (now - self.clock)
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self.config.optimizer.rate(self.optimizer.param_groups[0])
         if self.accelerator.is_main_process:
             log.info("step %d/%d: loss %.4f, lr %.3g, %.1f images/s", step, self.config.steps, loss, lr, speed)
             peak = peak_bytes(self.accelerator.device)
@@ -147,6 +176,66 @@ class _Training:
             self.run.append("train", step=step, **numbers)
         self.loss.zero_()
         self.counted, self.timed, self.clock = 0, 0, now
+
+    def look(self, step: int) -> None:
+        """Validate, draw samples and export the weak version, whatever is due after `step` steps."""
+        config = self.config
+        validation = config.validation if config.validation and self.due(step, config.validation.every) else None
+        samples = config.samples if config.samples and self.due(step, config.samples.every) else None
+        weak = step == config.weak_step
+        if not (validation or samples or weak):
+            return
+        clock = time.monotonic()
+        with self._judged():
+            if validation:
+                self._validate(step, validation)
+            if samples:
+                self._draw(step, samples)
+            if weak and self.accelerator.is_main_process:
+                self.method.export(self.run.adapter / "weak")
+        self.clock += time.monotonic() - clock
+
+    def _validate(self, step: int, validation: ValidationConfig) -> None:
+        loss = validate(self.method, validation, len(self.micro_batches[0]), self.accelerator)
+        if self.accelerator.is_main_process:
+            log.info("step %d/%d: validation loss %.4f", step, self.config.steps, loss)
+            self.run.append("validation", step=step, loss=loss)
+
+    def _draw(self, step: int, samples: SamplesConfig) -> None:
+        folder = self.run.samples / f"step-{step:07d}"
+        draw_samples(self.method.model, samples, folder, self.accelerator)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            files = [(folder / name).relative_to(self.run.path).as_posix() for name in samples.files().values()]
+            self.run.append("samples", step=step, files=files)
+
+    def finish(self) -> None:
+        """Leave the weights that are to be judged in place of those that were trained."""
+        averages = self._averages()
+        with torch.no_grad():
+            for parameter, average in zip(self.parameters.values(), averages, strict=True):
+                parameter.copy_(average)
+
+    def _averages(self) -> list[Tensor]:
+        """Weights to be judged, in the order of `parameters`."""
+        own = self.averages or self.config.optimizer.judged(self.optimizer)
+        return own or [parameter.detach() for parameter in self.parameters.values()]
+
+    @contextmanager
+    def _judged(self) -> Generator[None]:
+        """Within the context networks are in evaluation mode and carry the weights to be judged.
+
+        Tensors change places and are not copied, so that training goes on with the bits it left.
+        """
+        trained = [parameter.data for parameter in self.parameters.values()]
+        for parameter, average in zip(self.parameters.values(), self._averages(), strict=True):
+            parameter.data = average
+        try:
+            with _training_mode(self.method, training=False):
+                yield
+        finally:
+            for parameter, data in zip(self.parameters.values(), trained, strict=True):
+                parameter.data = data
 
     def save(self, step: int) -> None:
         """Write a checkpoint."""
@@ -158,6 +247,7 @@ class _Training:
             "parameters": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
+            "averages": self.averages,
             "loss": float(loss),
             "counted": self.counted,
         }
@@ -168,13 +258,16 @@ class _Training:
         state = load_checkpoint(self.run.checkpoints)
         if state is None:
             return 0
-        if state["parameters"].keys() != self.parameters.keys():
+        averages: list[Tensor] = state["averages"] or []
+        if state["parameters"].keys() != self.parameters.keys() or len(averages) != len(self.averages or []):
             raise CheckpointError(
                 f"{self.run.checkpoints}: the checkpoint is of other weights than this trial trains; remove the folder"
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["parameters"][name])
+            for average, value in zip(self.averages or [], averages, strict=True):
+                average.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
             cast("Any", self.accelerator.scaler).load_state_dict(state["scaler"])
@@ -208,12 +301,12 @@ def _build_optimizer(method: Method, config: OptimizerConfig) -> torch.optim.Opt
 
 
 @contextmanager
-def _training_mode(method: Method) -> Generator[None]:
+def _training_mode(method: Method, *, training: bool = True) -> Generator[None]:
     networks = [trained.network for trained in method.trained().values()]
     for network in networks:
-        network.train()
+        network.train(training)
     try:
         yield
     finally:
         for network in networks:
-            network.eval()
+            network.train(not training)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from trainers.backbone import BackboneConfig
 from trainers.batch import DataConfig
 from trainers.config import Choice
+from trainers.efficiency import AttentionKernel
+from trainers.ema import EmaConfig
 from trainers.errors import DataError
 from trainers.loss import LossConfig
 from trainers.optim import Cosine, OptimizerConfig, ScheduleConfig
 from trainers.optimizers.adamw import AdamW
+from trainers.samples import SamplesConfig
+from trainers.validation import ValidationConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,6 +58,11 @@ class Method(ABC):
     """What is kept for judging fidelity."""
     unreadable: tuple[Path, ...]
     """Pictures that could not be decoded and were left out."""
+
+    def example(self, index: int) -> Example:
+        """What an index of a batch stands for."""
+        count = len(self.examples)
+        return self.examples[index] if index < count else self.held_out[index - count]
 
     @property
     def model(self) -> Model:
@@ -95,14 +104,49 @@ class MethodConfig(Choice):
     """Of the frozen weights and of arithmetic under autocast; trainable weights are always float32."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients of a larger norm are scaled down to it."""
+    ema: EmaConfig | None = None
+    """An average of the weights to validate, sample and export in their place; null is the weights themselves."""
+    gradient_checkpointing: bool = False
+    """Compute activations a second time instead of keeping them: less memory, about a third more time."""
+    compile_blocks: bool = False
+    """Compile the denoiser's transformer blocks with torch.compile; the first steps take minutes."""
+    attention: AttentionKernel = "auto"
+    """What computes attention in training; auto lets torch choose for each shape."""
     checkpoint_every: PositiveInt = 100
     log_every: PositiveInt = 10
+    validation: ValidationConfig | None = None
+    """Null evaluates no loss on what is held out."""
+    samples: SamplesConfig | None = None
+    """Null draws no pictures before training has ended."""
+    weak_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Export the weights of so early a step too, beside the final ones in `weak/`: a worse version of the same model,
+    which autoguidance leads away from (Karras et al., 2024, arXiv:2406.02507). Null exports none."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
         self.schedule.check(self.steps)
         self.optimizer.check_schedule(self.schedule)
         return self
+
+    @model_validator(mode="after")
+    def _options_make_sense_together(self) -> Self:
+        if self.ema and self.optimizer.averages:
+            raise ValueError(
+                "ema with an optimizer that averages the weights itself; remove ema, or choose another optimizer"
+            )
+        if self.weak_step is not None and not 0 < self.weak_step < self.steps:
+            raise ValueError(
+                f"weak_fraction {self.weak_fraction:g} of {self.steps} steps is step {self.weak_step}; expected one "
+                "between the first and the last"
+            )
+        if self.validation:
+            self.data.check_validation()
+        return self
+
+    @property
+    def weak_step(self) -> int | None:
+        """After how many steps the weak version is exported."""
+        return None if self.weak_fraction is None else round(self.weak_fraction * self.steps)
 
     def check(self) -> None:
         """Find what is wrong with model and data before an accelerator is asked for, without torch.
@@ -121,6 +165,8 @@ class MethodConfig(Choice):
             raise DataError(
                 f"train.data: pictures of {self.data.size} pixels; expected multiples of {factor} (the model's)"
             )
+        if self.samples:
+            self.samples.check_model(self.backbone)
 
     def frozen_dtype(self) -> torch.dtype:
         """What `precision` means for weights that are not trained."""

@@ -21,12 +21,15 @@ from trainers.prompt import Prompt, Request, Sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
+    from accelerate import Accelerator
     from jaxtyping import Float
     from torch import Tensor
 
     from trainers.backbone import Condition, Model
     from trainers.guidance import SamplingConfig
+    from trainers.samples import SamplesConfig
 
 
 def noise_rng(request: Request) -> torch.Generator:
@@ -54,6 +57,19 @@ def generate(model: Model, requests: Sequence[Request], config: SamplingConfig) 
         batch = requests[start : start + config.batch_size]
         for request, pixels in zip(batch, sampler.draw(batch), strict=True):
             yield Sample(request.prompt, request.seed, _to_image(pixels, request))
+
+
+def draw_samples(model: Model, config: SamplesConfig, folder: Path, accelerator: Accelerator) -> None:
+    """Draw a training's pictures into `folder`; processes share the work. Training's random numbers are not touched."""
+    files = config.files()
+    share = list(files)[accelerator.process_index :: accelerator.num_processes]
+    folder.mkdir(parents=True, exist_ok=True)
+    with accelerator.autocast():
+        for sample in generate(model, share, config):
+            name = files[Request(sample.prompt, sample.seed)]
+            temporary = folder / f".{name}.tmp"
+            sample.image.save(temporary, format="PNG")
+            temporary.replace(folder / name)
 
 
 class _Sampler:

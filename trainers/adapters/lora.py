@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import TYPE_CHECKING, Annotated, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -115,6 +116,9 @@ def save_lora(folder: Path, pipeline: Any, networks: Mapping[str, nn.Module]) ->
     accepted = inspect.signature(pipeline.save_lora_weights).parameters
     for name, network in networks.items():
         layers = peft.get_peft_model_state_dict(network, save_embedding_layers=False)
+        if name.startswith("text_encoder"):
+            # transformers, unlike PEFT, looks for DoRA's lengths under this name, and goes on without them.
+            layers = {re.sub(r"lora_magnitude_vector$", r"\g<0>.weight", key): value for key, value in layers.items()}
         arguments[f"{name}_lora_layers"] = state_dict_utils.convert_state_dict_to_diffusers(layers)
         arguments[f"{name}_lora_adapter_metadata"] = _describe(network)
     assert arguments.keys() <= accepted.keys(), (

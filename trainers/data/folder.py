@@ -63,6 +63,11 @@ class FolderConfig(DataConfig):
                 open_picture(file)
 
     @override
+    def check_validation(self) -> None:
+        if not self.holdout:
+            raise ValueError("validation needs captioned pictures that are held out; set data.holdout")
+
+    @override
     def split(self) -> Split:
         files = _list_pictures(self.path)
         captions = self._captions(files)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from trainers.batch import Stream
 from trainers.method import Method, Trained
 from trainers.tuning import TunedConfig, export, tune
 
@@ -44,7 +43,7 @@ class SdxlLoraConfig(TunedConfig):
 
         backbone = self.backbone.load(accelerator.device, self.frozen_dtype())
         frozen = Frozen(self.backbone, backbone, Cache(cache) if cache else None, accelerator)
-        images = encode_images(frozen, self.data)
+        images = encode_images(frozen, self.data, held_out=self.validation is not None)
         captions = [example.prompt for example in (*images.split.train, *images.split.held_out)]
         texts = encode_texts(frozen, [None, *captions]) if self.text_is_frozen else None
         return SdxlLora(self, seed, backbone, images, texts)
@@ -76,7 +75,7 @@ class SdxlLora(Method):
         noised = self._denoising.noised(batch)
         prediction = self.backbone.denoise(noised.x_t, noised.t, self.condition(batch))
         losses = self._denoising.losses(prediction, noised)
-        weights = [self.examples[i].weight for i in batch.indices]
+        weights = [self.example(i).weight for i in batch.indices]
         return losses * torch.tensor(weights, device=losses.device)
 
     def condition(self, batch: Batch) -> Condition:
@@ -87,11 +86,8 @@ class SdxlLora(Method):
 
     def prompts(self, batch: Batch) -> list[str | None]:
         """Each row's caption; None where it is dropped."""
-        import torch
-
-        rate = self.config.caption_dropout
-        kept = [float(torch.rand((), generator=rng)) >= rate for rng in self._denoising.rngs(batch, Stream.DROPOUT)]
-        return [self.examples[i].prompt if keep else None for i, keep in zip(batch.indices, kept, strict=True)]
+        kept = self._denoising.kept(batch, self.config.caption_dropout)
+        return [self.example(i).prompt if keep else None for i, keep in zip(batch.indices, kept, strict=True)]
 
     @override
     def export(self, folder: Path) -> None:
