@@ -200,6 +200,9 @@ class DataConfig(Choice):
         """
         return shuffled(seed, len(examples), position)
 
+    def check_unreadable(self, unreadable: Sequence[Path]) -> None:
+        """Raise DataError if so many pictures had to be left out that something is wrong; most kinds only count."""
+
     @property
     @abstractmethod
     def transform(self) -> str:
