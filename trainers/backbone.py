@@ -164,8 +164,6 @@ class Backbone(Model):
     process: NoiseProcess
     pipeline: Any
     """diffusers' pipeline class, which saves and loads LoRA files of this model."""
-    text_layers: tuple[int, ...]
-    """How many layers of each text encoder the denoiser sees the work of: its last layer may go unused."""
 
     @property
     @abstractmethod
@@ -226,6 +224,14 @@ class BackboneConfig(Choice):
     @abstractmethod
     def prediction(self) -> Prediction:
         """What the denoiser predicts."""
+
+    @property
+    @abstractmethod
+    def text_layers(self) -> Mapping[str, int]:
+        """The text encoders that can be trained, by the name that `Backbone.networks` gives them.
+
+        Each with the number of its layers, from the first, that the denoiser sees the work of: the last may go unused.
+        """
 
     @abstractmethod
     def check(self) -> None:

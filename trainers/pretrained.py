@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
 from typing_extensions import override
 
 from trainers.backbone import BackboneConfig
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 Precision = Literal["float32", "bfloat16", "float16"]
+Device = Annotated[str, Field(pattern=r"^(cpu|mps|(cuda|xpu)(:\d+)?)$")]
 
 _STEMS = {"text_encoder": "model", "text_encoder_2": "model"}
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
@@ -30,6 +32,8 @@ class PretrainedConfig(BackboneConfig):
 
     denoiser_name: ClassVar[str] = "unet"
     """The denoiser's name in the folder."""
+    component_classes: ClassVar[Mapping[str, str]] = {}
+    """diffusers' class of components that come in several."""
 
     path: LocalPath
     denoiser: LocalPath | None = None
@@ -42,9 +46,9 @@ class PretrainedConfig(BackboneConfig):
     """Precision of the autoencoder. The original SDXL autoencoder overflows in float16."""
     text_encoder_dtype: Precision | None = None
     """Precision of the text encoders; null is the trial's `precision`."""
-    vae_device: str | None = None
+    vae_device: Device | None = None
     """Where the autoencoder computes, as torch spells it (`cpu`, `cuda:1`); null is where training happens."""
-    text_encoder_device: str | None = None
+    text_encoder_device: Device | None = None
     """Where the text encoders compute; null is where training happens."""
 
     @property
@@ -74,8 +78,7 @@ class PretrainedConfig(BackboneConfig):
             )
         self.scheduler_config()
         for name in self.networks:
-            self.component_config(name)
-            self.weight_files(name)
+            self._check_network(name)
         for name in self.tokenizer_names:
             self.tokenizer_files(name)
 
@@ -130,6 +133,17 @@ class PretrainedConfig(BackboneConfig):
         """A component's `config.json`."""
         return read_json(self.folder(component) / "config.json")
 
+    def setting(self, component: str, key: str) -> Any:
+        """What a component's `config.json` says about `key`.
+
+        Raises:
+            ModelError: It says nothing.
+        """
+        config = self.component_config(component)
+        if key not in config:
+            raise ModelError(f"{self.folder(component)}/config.json: no {key}; expected the {component} of a pipeline")
+        return config[key]
+
     def scheduler_config(self) -> dict[str, Any]:
         """The folder's `scheduler_config.json`."""
         return read_json(self.folder("scheduler") / "scheduler_config.json")
@@ -148,7 +162,8 @@ class PretrainedConfig(BackboneConfig):
             if files := _weights(folder, ".".join(filter(None, (stem, variant, "safetensors")))):
                 return variant, files
         others = "".join(f", nor {stem}.{variant}.safetensors" for variant in _VARIANTS)
-        raise ModelError(f"{folder}: no {stem}.safetensors{others}; is the download complete?")
+        advice = "pickles are not loaded, save it as safetensors" if any(folder.glob("*.bin")) else "is it complete?"
+        raise ModelError(f"{folder}: no {stem}.safetensors{others}; {advice}")
 
     def tokenizer_files(self, component: str) -> tuple[Path, ...]:
         """The files that determine a tokenizer."""
@@ -170,6 +185,14 @@ class PretrainedConfig(BackboneConfig):
         )
         return model.requires_grad_(False).eval().to(device)
 
+    def _check_network(self, component: str) -> None:
+        found, expected = self.component_config(component).get("_class_name"), self.component_classes.get(component)
+        if expected not in (None, found):
+            raise ModelError(f"{self.folder(component)}/config.json: _class_name is {found!r}, expected {expected!r}")
+        for file in self.weight_files(component):
+            if file.suffix == ".safetensors":
+                _check_size(file)
+
     def _network_files(self, component: str) -> tuple[Path, ...]:
         return (self.folder(component) / "config.json", *self.weight_files(component))
 
@@ -189,7 +212,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path, name: str) -> tuple[Path, ...]:
-    """The weight file `name`, or its shards; empty if it is missing or any shard is."""
+    """The weight file `name`, or its index and shards; empty if neither is there.
+
+    Raises:
+        ModelError: Some shards are missing.
+    """
     if (folder / name).is_file():
         return (folder / name,)
     stem, _, variant = name.removesuffix(".safetensors").partition(".")
@@ -197,13 +224,41 @@ def _weights(folder: Path, name: str) -> tuple[Path, ...]:
     if not index.is_file():
         return ()
     shards = tuple(folder / shard for shard in sorted(set(read_json(index)["weight_map"].values())))
-    return (index, *shards) if all(shard.is_file() for shard in shards) else ()
+    missing = [shard for shard in shards if not shard.is_file()]
+    if len(missing) == len(shards):
+        # Whoever fetches one precision gets the index of the other, too.
+        return ()
+    if missing:
+        raise ModelError(f"{missing[0]}: no such file, but {index.name} lists it; is the download complete?")
+    return (index, *shards)
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where a safetensors file's numbers begin, and what its header says of them: a length, then JSON.
+
+    Raises:
+        ModelError: It has no such header.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            tensors: dict[str, Any] = json.loads(stream.read(min(length, file.stat().st_size)))
+        except ValueError as error:
+            raise ModelError(f"{file}: not a safetensors file; download it again") from error
+    tensors.pop("__metadata__", None)
+    return 8 + length, tensors
+
+
+def _check_size(file: Path) -> None:
+    """Raise ModelError if the end of a safetensors file is missing."""
+    start, tensors = _header(file)
+    expected = start + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    if (found := file.stat().st_size) < expected:
+        raise ModelError(f"{file}: {found} bytes, expected {expected}; download it again")
 
 
 def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor in a safetensors file, from its header: a length, then JSON."""
-    with file.open("rb") as stream:
-        header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    for name, entry in header.items():
-        if name != "__metadata__":
+    """Name and shape of every weight in a safetensors file; old text encoders also list positions, which are not."""
+    for name, entry in _header(file)[1].items():
+        if "F" in entry["dtype"]:
             yield name, tuple(entry["shape"])

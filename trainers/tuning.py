@@ -22,7 +22,7 @@ from trainers.errors import ModelError
 from trainers.method import MethodConfig, Trained
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from accelerate import Accelerator
@@ -64,14 +64,18 @@ class TunedConfig(MethodConfig):
     def num_in_denoiser(self) -> int:
         """How many numbers of the denoiser, or of its adapter, are trained."""
         shapes = self.backbone.weight_shapes()
-        return _count(shapes[_networks(shapes)[0]], self.lora, self.backbone.lora_targets)
+        denoiser = next(name for name in shapes if name != "vae")
+        return _count(shapes[denoiser], self.lora, self.backbone.lora_targets)
 
     def num_in_text_encoders(self) -> int:
         """How many numbers of the text encoders, or of their adapters, are trained."""
         if self.text_is_frozen:
             return 0
-        shapes = self.backbone.weight_shapes()
-        return sum(_count(shapes[name], self.text_encoder_lora, TEXT_TARGETS) for name in _networks(shapes)[1:])
+        total, shapes = 0, self.backbone.weight_shapes()
+        for name, layers in self.backbone.text_layers.items():
+            used = {key: shapes[name][key] for key in _used(shapes[name], layers)}
+            total += _count(used, self.text_encoder_lora, TEXT_TARGETS)
+        return total
 
     @override
     def load_trained(self, folder: Path | None, accelerator: Accelerator) -> Model:
@@ -93,7 +97,8 @@ def tune(backbone: Backbone, config: TunedConfig, seed: int) -> dict[str, Traine
 def tune_denoiser(backbone: Backbone, config: TunedConfig, seed: int) -> dict[str, Trained]:
     """The denoiser's part of `tune`."""
     if config.lora is None:
-        _unfreeze(backbone.denoiser)
+        backbone.denoiser.float().requires_grad_(requires_grad=True)
+        backbone.dtype = next(backbone.denoiser.parameters()).dtype
     else:
         add_lora(backbone.denoiser, config.lora, config.backbone.lora_targets, init_seed(seed, 0))
     return {next(iter(backbone.networks)): Trained(backbone.denoiser)}
@@ -101,12 +106,13 @@ def tune_denoiser(backbone: Backbone, config: TunedConfig, seed: int) -> dict[st
 
 def tune_text_encoders(backbone: Backbone, config: TunedConfig, seed: int) -> dict[str, Trained]:
     """The text encoders' part of `tune`."""
-    names = list(backbone.networks)[1:]
     trained: dict[str, Trained] = {}
-    for i, (name, layers) in enumerate(zip(names, backbone.text_layers, strict=True)):
+    for i, (name, layers) in enumerate(config.backbone.text_layers.items()):
         encoder = backbone.networks[name]
         if config.train_text_encoders:
-            _unfreeze(encoder, layers)
+            weights = dict(encoder.float().named_parameters())
+            for key in _used(weights, layers):
+                weights[key].requires_grad = True
             trained[name] = Trained(encoder)
         elif lora := config.text_encoder_lora:
             add_lora(encoder, lora, TEXT_TARGETS, init_seed(seed, i + 1), layers)
@@ -129,37 +135,35 @@ def load(backbone: Backbone, folder: Path) -> None:
     Raises:
         ModelError: Nothing in `folder` is of this model.
     """
-    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
-
     whole = [name for name in backbone.networks if (folder / name / "config.json").is_file()]
     if not whole and not (folder / LORA_FILE).is_file():
         raise ModelError(
             f"{folder}: neither {LORA_FILE} nor a network's folder; expected the adapter of a finished trial"
         )
     for name in whole:
-        files = sorted((folder / name).glob("*.safetensors"))
-        state: dict[str, Any] = {key: value for file in files for key, value in load_file(file).items()}
-        backbone.networks[name].load_state_dict(state)
+        _load_network(backbone.networks[name], folder / name)
     if (folder / LORA_FILE).is_file():
         load_lora(folder, backbone.pipeline, backbone.networks)
 
 
-def _unfreeze(network: nn.Module, layers: int | None = None) -> None:
-    """Train every weight, or those that the first `layers` transformer layers' output depends on."""
-    network.float().requires_grad_(requires_grad=True)
-    if layers is None:
-        return
-    for name, parameter in network.named_parameters():
-        found = _LAYER.search(name)
-        if (found and int(found[1]) >= layers) or (
-            "final_layer_norm" in name and layers < cast("Any", network).config.num_hidden_layers
-        ):
-            parameter.requires_grad = False
+def _load_network(network: nn.Module, folder: Path) -> None:
+    """Copy the weights that `save_pretrained` wrote; its own reader knows which names it has changed."""
+    cls = cast("Any", type(network))
+    try:
+        state = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True).state_dict()
+        network.load_state_dict(state)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"{folder}: not the weights of this model's {cls.__name__}; expected those of a trial of the same model"
+        ) from error
 
 
-def _networks(names: Iterable[str]) -> list[str]:
-    """Components that can be trained: denoiser first."""
-    return [name for name in names if name != "vae"]
+def _used(names: Collection[str], layers: int) -> list[str]:
+    """The weights of a text encoder that the output of its first `layers` layers depends on."""
+    layer = {name: int(match[1]) for name in names if (match := _LAYER.search(name))}
+    if layers > max(layer.values(), default=0):
+        return list(names)
+    return [name for name in names if layer.get(name, 0) < layers and "final_layer_norm" not in name]
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]], lora: LoraConfig | None, targets: tuple[str, ...]) -> int:

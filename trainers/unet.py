@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 from typing_extensions import override
 
 from trainers.adapters.lora import UNET_TARGETS, set_lora_scale
 from trainers.backbone import Backbone, Moments, TextEmbeddings
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, ModelError
 from trainers.pretrained import PretrainedConfig
 
 if TYPE_CHECKING:
@@ -30,13 +30,19 @@ _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """diffusers' class of each `SchedulerName`, and what must not come from the folder or from diffusers' defaults."""
 
+UnetPrediction = Literal["epsilon", "v_prediction"]
+"""What a UNet of this family may be trained to predict."""
+
 
 class UnetConfig(PretrainedConfig):
     """A folder with a UNet, a KL autoencoder and CLIP text encoders."""
 
     lora_targets: ClassVar = UNET_TARGETS
+    component_classes: ClassVar = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+    added_embeddings: ClassVar[str | None]
+    """The UNet's `addition_embed_type`."""
 
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    prediction_type: UnetPrediction | None = None
     """What the UNet is to predict; null is what the folder's scheduler says."""
     zero_terminal_snr: bool = False
     """Rescale the noise schedule so that nothing is left of the picture at its end (Lin et al., 2023,
@@ -45,7 +51,7 @@ class UnetConfig(PretrainedConfig):
     @property
     @override
     def downscale(self) -> int:
-        return 2 ** (len(self.component_config("vae")["block_out_channels"]) - 1)
+        return 2 ** (len(self.setting("vae", "block_out_channels")) - 1)
 
     @property
     @override
@@ -55,15 +61,42 @@ class UnetConfig(PretrainedConfig):
     @override
     def check(self) -> None:
         super().check()
-        if self.zero_terminal_snr and self.prediction == "epsilon":
-            raise ConfigError(
-                "train.backbone: zero_terminal_snr with a UNet that predicts noise, which is all there is at the last "
-                "timestep; set prediction_type: v_prediction, or zero_terminal_snr: false"
+        self._check_process()
+        latents = self.setting("vae", "latent_channels")
+        for key, expected, meaning in (
+            ("addition_embed_type", self.added_embeddings, "kind: sd is Stable Diffusion 1 and 2, kind: sdxl is SDXL"),
+            ("in_channels", latents, "the autoencoder's latent_channels; UNets that inpaint or upscale see more"),
+            ("out_channels", latents, "the autoencoder's latent_channels"),
+            ("cross_attention_dim", self._text_width(), f"the width of {' and '.join(self.text_encoder_names)}"),
+            ("class_embed_type", None, "a UNet that is told classes cannot be trained"),
+            ("encoder_hid_dim_type", None, "a UNet that projects its prompts cannot be trained"),
+            ("time_cond_proj_dim", None, "a UNet that is told its guidance cannot be trained"),
+        ):
+            found = self.component_config("unet").get(key)
+            if found != expected:
+                file = self.folder("unet") / "config.json"
+                raise ModelError(f"{file}: {key} is {found}, expected {expected} ({meaning})")
+
+    def _check_process(self) -> None:
+        config, file = self.scheduler_config(), self.folder("scheduler") / "scheduler_config.json"
+        if self.prediction not in get_args(UnetPrediction) or not {"beta_start", "trained_betas"} & config.keys():
+            raise ModelError(
+                f"{file}: {config.get('_class_name')} with prediction_type {self.prediction!r} and "
+                f"{'' if 'beta_start' in config else 'no '}betas; expected a diffusion model that predicts one of "
+                f"{', '.join(get_args(UnetPrediction))}"
             )
+        if config.get("rescale_betas_zero_snr") and self.prediction == "epsilon":
+            raise ConfigError(
+                f"train.backbone: zero terminal SNR (here or in {file}) with a UNet that predicts noise, which is all "
+                "there is at the last timestep; set prediction_type: v_prediction, or zero_terminal_snr: false"
+            )
+
+    def _text_width(self) -> int:
+        return sum(self.setting(name, "hidden_size") for name in self.text_encoder_names)
 
     @override
     def scheduler_config(self) -> dict[str, Any]:
-        """As the folder's file, with what this configuration says otherwise."""
+        """The folder's file, with what this configuration says otherwise."""
         config = super().scheduler_config()
         if self.prediction_type is not None:
             config["prediction_type"] = self.prediction_type
@@ -88,12 +121,12 @@ class UnetBackbone(Backbone):
 
         self.config, self.device, self.dtype = config, device, dtype
         text_dtype = getattr(torch, config.text_encoder_dtype) if config.text_encoder_dtype else dtype
-        text_device = torch.device(config.text_encoder_device or device)
+        self._text_device = torch.device(config.text_encoder_device or device)
         vae_dtype, vae_device = getattr(torch, config.vae_dtype), torch.device(config.vae_device or device)
         self.denoiser = config.load_network(UNet2DConditionModel, "unet", dtype, device)
         self.vae = config.load_network(AutoencoderKL, "vae", vae_dtype, vae_device)
         self.text_encoders = tuple(
-            config.load_network(getattr(transformers, self.text_classes[name]), name, text_dtype, text_device)
+            config.load_network(getattr(transformers, self.text_classes[name]), name, text_dtype, self._text_device)
             for name in config.text_encoder_names
         )
         self._tokenizers = [
@@ -133,7 +166,7 @@ class UnetBackbone(Backbone):
 
         if together:
             return self.embed(list(prompts))
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self._text_device.type, enabled=False):
             return TextEmbeddings.cat([self.embed([prompt]) for prompt in prompts])
 
     def embed(self, prompts: list[str | None]) -> TextEmbeddings:
@@ -145,7 +178,7 @@ class UnetBackbone(Backbone):
         outputs: list[Any] = []
         for tokenizer, encoder in zip(self._tokenizers, self.text_encoders, strict=True):
             length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-            tokens = tokenizer(texts, return_tensors="pt", **length).input_ids.to(cast("Any", encoder).device)
+            tokens = tokenizer(texts, return_tensors="pt", **length).input_ids.to(self._text_device)
             outputs.append(encoder(tokens, output_hidden_states=True))
         return outputs
 
@@ -158,7 +191,7 @@ class UnetBackbone(Backbone):
         return self.denoiser(
             x_t.to(self.dtype),
             t,
-            text.hidden,
+            text.hidden.to(self.dtype),
             added_cond_kwargs=added,
             cross_attention_kwargs=dict(condition.extra) or None,
             return_dict=False,

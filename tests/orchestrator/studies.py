@@ -29,14 +29,17 @@ def build_sdxl_folder(folder: Path) -> Path:
     """What `SdxlConfig.check` looks for."""
     configs: dict[str, dict[str, Any]] = {
         "unet": {
+            "_class_name": "UNet2DConditionModel",
+            "in_channels": 4,
+            "out_channels": 4,
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 6 * 8 + 32,
             "cross_attention_dim": 16 + 16,
         },
-        "vae": {"block_out_channels": [8, 8, 8, 8]},
-        "text_encoder": {"hidden_size": 16},
-        "text_encoder_2": {"hidden_size": 16, "projection_dim": 32},
+        "vae": {"_class_name": "AutoencoderKL", "block_out_channels": [8, 8, 8, 8], "latent_channels": 4},
+        "text_encoder": {"hidden_size": 16, "num_hidden_layers": 2},
+        "text_encoder_2": {"hidden_size": 16, "num_hidden_layers": 1, "projection_dim": 32},
     }
     for name, config in configs.items():
         (folder / name).mkdir(parents=True)
@@ -54,7 +57,7 @@ def build_sdxl_folder(folder: Path) -> Path:
         (folder / name).mkdir()
         (folder / name / "tokenizer.json").write_text("{}")
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"beta_start": 0.00085}')
     (folder / "model_index.json").write_text("{}")
     return folder
 

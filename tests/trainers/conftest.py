@@ -14,7 +14,8 @@ TOKENS = 32
 LATENT_CHANNELS = 12
 
 
-def _tokenizer() -> Any:
+def build_tokenizer() -> Any:
+    """CLIP's, of single bytes."""
     from open_clip.tokenizer import bytes_to_unicode
     from transformers import CLIPTokenizer
 
@@ -30,7 +31,7 @@ def build_sdxl(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0)
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(seed)
-    tokenizer = _tokenizer()
+    tokenizer = build_tokenizer()
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

@@ -24,6 +24,9 @@ TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name that diffusers looks for."""
 
+PEFT_FILE = "adapter_model.safetensors"
+"""The name that PEFT looks for."""
+
 _NAME = "default"
 """PEFT's name of a model's only adapter."""
 
@@ -158,7 +161,7 @@ def load_lora(folder: Path, pipeline: Any, networks: Mapping[str, nn.Module]) ->
 
 
 def merge_text_lora(encoder: nn.Module, folder: Path, pipeline: Any, name: str) -> None:
-    """Add an adapter to a text encoder's weights, for good.
+    """Add an adapter to a frozen text encoder's weights, for good.
 
     Args:
         encoder: The pipeline's component `name`.
@@ -169,21 +172,46 @@ def merge_text_lora(encoder: nn.Module, folder: Path, pipeline: Any, name: str) 
     Raises:
         ModelError: There is no adapter for it in `folder`.
     """
-    from diffusers.utils import peft_utils
+    import copy
 
-    if (folder / "adapter_config.json").is_file():
-        cast("Any", encoder).load_adapter(str(folder), adapter_name="default")
-    else:
-        state, alphas, metadata = pipeline.lora_state_dict(folder, return_lora_metadata=True)
-        if not any(key.startswith(f"{name}.") for key in state):
-            raise ModelError(f"{folder}: no adapter of {name} in it; expected one that was trained with text encoders")
-        options = {"network_alphas": alphas, "adapter_name": "default", "metadata": metadata, "prefix": name}
-        pipeline.load_lora_into_text_encoder(state, text_encoder=encoder, **options)
-    for layer in _layers(encoder):
-        layer.merge()
-    peft_utils.recurse_remove_peft_layers(encoder)
-    del cast("Any", encoder).peft_config
-    encoder.requires_grad_(requires_grad=False).eval()
+    import peft
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    # PEFT changes a copy, so that nothing of it stays in the encoder.
+    adapted: Any = copy.deepcopy(encoder).float()
+    try:
+        expected = _load_text_lora(adapted, folder, pipeline, name)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{folder}: cannot be merged into this model's {name} ({error})") from error
+    loaded = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if loaded.keys() != expected.keys() or not all(torch.equal(loaded[key], expected[key].float()) for key in expected):
+        raise ModelError(f"{folder}: has other layers than {name}; expected an adapter of this model's {name}")
+    weights = encoder.state_dict()
+    for path, layer in adapted.named_modules():
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            weights[f"{path}.weight"].copy_(layer.get_base_layer().weight)
+
+
+def _load_text_lora(encoder: nn.Module, folder: Path, pipeline: Any, name: str) -> dict[str, Tensor]:
+    """Add the adapter in `folder` to `encoder`; its tensors, as PEFT calls them."""
+    from diffusers.utils import state_dict_utils
+    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+
+    if (folder / PEFT_FILE).is_file():
+        cast("Any", encoder).load_adapter(str(folder), adapter_name=_NAME)
+        state: dict[str, Any] = load_file(folder / PEFT_FILE)
+        return {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    state, alphas, metadata = pipeline.lora_state_dict(folder, return_lora_metadata=True)
+    own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+    if not own:
+        raise ValueError("there is none; expected an adapter that was trained with text encoders")
+    options = {"network_alphas": alphas, "adapter_name": _NAME, "metadata": metadata, "prefix": name}
+    pipeline.load_lora_into_text_encoder(state, text_encoder=encoder, **options)
+    return cast("Any", state_dict_utils).convert_state_dict_to_peft(
+        state_dict_utils.convert_state_dict_to_diffusers(own)
+    )
 
 
 def set_lora_scale(networks: Iterable[nn.Module], scale: float) -> None:

@@ -90,6 +90,11 @@ class SanaConfig(PretrainedConfig):
 
     @property
     @override
+    def text_layers(self) -> Mapping[str, int]:
+        return {}  # diffusers has no file that a trained Gemma could be saved in
+
+    @property
+    @override
     def text_options(self) -> tuple[str, ...]:
         return (*super().text_options, self.instruction_text, str(self.max_sequence_length))
 
@@ -141,8 +146,6 @@ class SanaConfig(PretrainedConfig):
 
 class Sana(Backbone):
     """SANA's transformer, its deterministic autoencoder (DC-AE), and Gemma, whose last hidden states it reads."""
-
-    text_layers = ()  # none: diffusers has no file that a trained Gemma could be saved in
 
     def __init__(self, config: SanaConfig, device: torch.device, dtype: torch.dtype) -> None:
         import diffusers

@@ -11,7 +11,7 @@ from trainers.errors import ModelError
 from trainers.unet import UnetBackbone, UnetConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 class SdConfig(UnetConfig):
     """A local folder, as `StableDiffusionPipeline.save_pretrained` writes it; its scheduler says what it predicts."""
 
+    added_embeddings: ClassVar = None
+
     kind: Literal["sd"] = "sd"
+
+    @property
+    @override
+    def text_layers(self) -> Mapping[str, int]:
+        return {"text_encoder": self.setting("text_encoder", "num_hidden_layers")}
 
     @override
     def check(self) -> None:
         super().check()
-        config = self.component_config("unet")
-        if config.get("addition_embed_type") is not None:
+        if self.component_config("text_encoder").get("use_attention_mask"):
             raise ModelError(
-                f"{self.folder('unet')}/config.json: addition_embed_type is {config['addition_embed_type']!r}; "
-                "expected a UNet without added embeddings; is this SDXL? Then set kind: sdxl"
-            )
-        width = self.component_config("text_encoder").get("hidden_size")
-        if config["cross_attention_dim"] != width:
-            raise ModelError(
-                f"{self.folder('unet')}/config.json: cross_attention_dim is {config['cross_attention_dim']}, expected "
-                f"{width} (the text encoder's width)"
+                f"{self.folder('text_encoder')}/config.json: use_attention_mask is true; expected Stable Diffusion's "
+                "own text encoder, which sees padding"
             )
 
     @override
@@ -55,7 +55,6 @@ class Sd(UnetBackbone):
 
         super().__init__(config, device, dtype)
         self.pipeline = diffusers.StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
-        self.text_layers = (config.component_config("text_encoder")["num_hidden_layers"],)
 
     @override
     def embed(self, prompts: list[str | None]) -> TextEmbeddings:

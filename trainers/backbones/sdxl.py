@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from typing_extensions import override
 
-from trainers.adapters.lora import LORA_FILE, merge_text_lora
+from trainers.adapters.lora import LORA_FILE, PEFT_FILE, merge_text_lora
 from trainers.backbone import Condition, TextEmbeddings
 from trainers.config import LocalPath
-from trainers.errors import ModelError
+from trainers.errors import ConfigError, ModelError
 from trainers.unet import UnetBackbone, UnetConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -31,22 +31,37 @@ class SdxlConfig(UnetConfig):
     the base's. Its UNet says by its shape that it is one.
     """
 
+    added_embeddings: ClassVar = "text_time"
+
     kind: Literal["sdxl"] = "sdxl"
     text_encoder_2_adapter: LocalPath | None = None
-    """An adapter, as a trial exports it or as a folder of PEFT's, that is merged into the second text encoder: the
-    refiner then hears what a base's text-encoder LoRA learned."""
+    """An adapter, as a trial exports it or as a folder of PEFT's, that is merged into the refiner's text encoder, which
+    then hears what a base's text-encoder LoRA learned."""
 
     @property
     @override
     def text_encoder_names(self) -> tuple[str, ...]:
         return ("text_encoder", "text_encoder_2") if self.stage == "base" else ("text_encoder_2",)
 
+    @property
+    @override
+    def text_layers(self) -> Mapping[str, int]:
+        layers = {name: self.setting(name, "num_hidden_layers") for name in self.text_encoder_names}
+        # Penultimate states are used, and the projection of the second encoder's last ones.
+        return {name: count - (name == "text_encoder") for name, count in layers.items()}
+
     @override
     def check(self) -> None:
         super().check()
-        self._check_width()
-        files = ("adapter_config.json", LORA_FILE)
-        if (folder := self.text_encoder_2_adapter) and not any((folder / file).is_file() for file in files):
+        if (folder := self.text_encoder_2_adapter) is None:
+            return
+        if self.stage == "base":
+            raise ConfigError(
+                "train.backbone: text_encoder_2_adapter with SDXL's base; expected it with the refiner alone: remove "
+                "it, or set denoiser to the refiner's UNet"
+            )
+        files = (PEFT_FILE, LORA_FILE)
+        if not any((folder / file).is_file() for file in files):
             raise ModelError(f"{folder}: neither {files[0]} nor {files[1]}; expected the adapter of a finished trial")
 
     @override
@@ -63,27 +78,22 @@ class SdxlConfig(UnetConfig):
     @property
     def stage(self) -> str:
         """`base` or `refiner`, by how many numbers the UNet wants to be told."""
-        folder, config = self.folder("unet"), self.component_config("unet")
-        if config.get("addition_embed_type") != "text_time":
-            raise ModelError(f"{folder}/config.json: addition_embed_type is not 'text_time'; expected an SDXL UNet")
-        pooled = self.component_config("text_encoder_2").get("projection_dim", 512)
-        found, each = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
+        file = self.folder("unet") / "config.json"
+        if (added := self.component_config("unet").get("addition_embed_type")) != self.added_embeddings:
+            raise ModelError(
+                f"{file}: addition_embed_type is {added!r}, expected {self.added_embeddings!r}; is this Stable "
+                "Diffusion 1 or 2? Then set kind: sd"
+            )
+        pooled = self.setting("text_encoder_2", "projection_dim")
+        found = self.setting("unet", "projection_class_embeddings_input_dim")
+        each = self.setting("unet", "addition_time_embed_dim")
         for count, stage in _STAGES.items():
             if found == pooled + count * each:
                 return stage
         raise ModelError(
-            f"{folder}/config.json: projection_class_embeddings_input_dim is {found}; expected {pooled + 6 * each} "
-            f"(the base: six sizes) or {pooled + 5 * each} (the refiner: four sizes and a score)"
+            f"{file}: projection_class_embeddings_input_dim is {found}; expected {pooled + 6 * each} (the base: six "
+            f"sizes) or {pooled + 5 * each} (the refiner: four sizes and a score)"
         )
-
-    def _check_width(self) -> None:
-        expected = sum(self.component_config(name)["hidden_size"] for name in self.text_encoder_names)
-        found = self.component_config("unet")["cross_attention_dim"]
-        if found != expected:
-            raise ModelError(
-                f"{self.folder('unet')}/config.json: cross_attention_dim is {found}; expected {expected} (the width of "
-                f"{' and '.join(self.text_encoder_names)})"
-            )
 
     @property
     def zeros_for_null(self) -> bool:
@@ -103,9 +113,6 @@ class Sdxl(UnetBackbone):
         super().__init__(config, device, dtype)
         self.pipeline = diffusers.StableDiffusionXLPipeline  # pyright: ignore[reportPrivateImportUsage]
         self._zeros_for_null, self._refines = config.zeros_for_null, config.stage == "refiner"
-        layers = [config.component_config(name)["num_hidden_layers"] for name in config.text_encoder_names]
-        # Penultimate states are used, and the projection of the last encoder's last ones.
-        self.text_layers = (*(count - 1 for count in layers[:-1]), layers[-1])
         if config.text_encoder_2_adapter:
             merge_text_lora(self.text_encoders[-1], config.text_encoder_2_adapter, self.pipeline, "text_encoder_2")
 
