@@ -118,6 +118,11 @@ class ShardsConfig(DataConfig):
             Mixer(self.mix, [sample.classes for sample in train if not sample.problem])
 
     @override
+    def check_validation(self) -> None:
+        if self.validation is None:
+            raise ValueError("validation needs captioned pictures that are held out; set data.validation")
+
+    @override
     def split(self) -> Split:
         shards = self._shards()
         # A held-out picture is decoded now: it is judged by after training, which is late to learn that it cannot be.
@@ -196,15 +201,22 @@ class ShardsConfig(DataConfig):
         key = hashlib.sha256(json.dumps([sha256, *decisive]).encode()).hexdigest() if decisive else sha256
         return ShardExample(key, sample.image.path, sample.caption, sample=sample, sha256=sha256, variant=variant)
 
+    @override
+    def check_unreadable(self, unreadable: Sequence[Path]) -> None:
+        samples = [sample for shards in self._shards() for sample in self._list(shards, decode=False)]
+        self._limit(list(unreadable), len(samples))
+
     def _refuse(self, samples: Sequence[Sample]) -> None:
         if not samples:
             raise DataError(f"{self.train}: no samples; expected members such as 000.jpg, 000.txt and 000.json")
-        bad = [sample for sample in samples if sample.problem]
-        limit = self.max_corrupt if self.max_corrupt >= 1 else self.max_corrupt * len(samples)
+        self._limit([sample for sample in samples if sample.problem], len(samples))
+
+    def _limit(self, bad: Sequence[object], count: int) -> None:
+        limit = self.max_corrupt if self.max_corrupt >= 1 else self.max_corrupt * count
         if len(bad) > limit:
             raise DataError(
-                f"{bad[0]}; {len(bad)} of {len(samples)} samples cannot be used and {int(limit)} may be left out; "
-                "repair the shards or raise max_corrupt"
+                f"{bad[0]}; {len(bad)} of {count} samples cannot be used and {int(limit)} may be left out; repair the "
+                "shards or raise max_corrupt"
             )
 
 
