@@ -1,11 +1,19 @@
 """What every training method must do; each kind's own test inherits this."""
 
+import json
+import math
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from trainers.batch import Batch
 from trainers.loop import fit
 from trainers.rundir import RunDir
+from trainers.validation import ValidationConfig, validation_batches
+
+CURVES = Path(__file__).parent / "curves"
 
 
 class InterruptionError(Exception):
@@ -96,6 +104,37 @@ class MethodContract:
         expected = weights(whole)
         assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
         assert losses(halves) == losses(run)
+
+    def test_held_out_examples_are_judged_on_noise_that_never_changes(self, config, accelerator, tmp_path):
+        validation = ValidationConfig(every=1, draws=3)
+        data = config.data.model_copy(update={"holdout": 2})
+        changed = config.model_copy(update={"data": data, "validation": validation, "steps": 1})
+        method = changed.build(0, None, accelerator)
+        with torch.no_grad():
+            together, again, alone = (
+                torch.cat([method.losses(batch) for batch in validation_batches(method, 3, size)]) for size in (4, 4, 1)
+            )
+        assert torch.equal(together, again)
+        torch.testing.assert_close(alone, together, atol=1e-6, rtol=1e-5)
+        assert len(set(together.tolist())) == 6
+        run = RunDir(tmp_path / "run")
+        fit(method, changed, run, accelerator)
+        (event,) = (event for _, event in run.read_events() if event["event"] == "validation")
+        assert event["step"] == 1
+        assert math.isfinite(event["loss"])
+
+    def test_ten_steps_have_the_losses_they_had(self, config, accelerator, tmp_path, request):
+        """A change detector. After a wanted change: RECORD_CURVES=1 pytest tests/trainers/methods -k ten_steps."""
+        changed = config.model_copy(update={"steps": 10, "log_every": 1, "checkpoint_every": 10})
+        run = RunDir(tmp_path / "run")
+        fit(changed.build(0, None, accelerator), changed, run, accelerator)
+        curve = list(losses(run).values())
+        file = CURVES / f"{request.path.stem.removeprefix('test_')}.{type(self).__name__}.json"
+        if os.environ.get("RECORD_CURVES"):
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(curve) + "\n", encoding="utf-8")
+        assert file.is_file(), "no curve was recorded; run this test once with RECORD_CURVES=1"
+        assert curve == pytest.approx(json.loads(file.read_text(encoding="utf-8")), rel=1e-3)
 
     def test_micro_batches_do_not_change_the_mathematics(self, config, accelerator, tmp_path):
         results = []

@@ -54,7 +54,7 @@ class DreamboothConfig(TunedConfig):
 
         backbone = self.backbone.load(accelerator.device, self.frozen_dtype())
         frozen = Frozen(self.backbone, backbone, Cache(cache) if cache else None, accelerator)
-        images = encode_images(frozen, self.data)
+        images = encode_images(frozen, self.data, held_out=self.validation is not None)
         subject = len(images.split.train)
         if self.prior:
             images = images.joined(self.prior.encode(frozen, self.data.size[0]))
@@ -101,7 +101,7 @@ class Dreambooth(Method):
     @override
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:
         noised = self._denoising.noised(batch)
-        prompts = [(*self.examples, *self.held_out)[i].prompt for i in batch.indices]
+        prompts = [self.example(i).prompt for i in batch.indices]
         text = self._texts.select(prompts) if self._texts else self.backbone.encode_prompts(prompts, together=True)
         condition = self.backbone.condition(text, [self._images.geometries[i] for i in batch.indices])
         losses = self._denoising.losses(self.backbone.denoise(noised.x_t, noised.t, condition), noised)
@@ -109,7 +109,7 @@ class Dreambooth(Method):
 
     def _weight(self, index: int) -> float:
         """Such that the mean over a batch is the subject's mean loss plus the weight times the class's."""
-        if self.config.prior is None:
+        if self.config.prior is None or index >= len(self.examples):
             return 1.0
         return 2.0 * self.config.prior.weight if self._is_class(index) else 2.0
 

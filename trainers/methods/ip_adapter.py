@@ -147,7 +147,7 @@ class IpAdapterConfig(TunedConfig):
 
         backbone = self.backbone.load(accelerator.device, self.frozen_dtype())
         frozen = Frozen(self.backbone, backbone, Cache(cache) if cache else None, accelerator)
-        images = encode_images(frozen, self.data)
+        images = encode_images(frozen, self.data, held_out=self.validation is not None)
         rows = [row for row in (*images.split.train, *images.split.held_out) if isinstance(row, Pair)]
         self.check_rows(rows)
         texts = encode_texts(frozen, [None, *(row.prompt for row in rows)]) if self.text_is_frozen else None
@@ -236,26 +236,28 @@ class IpAdapterMethod(Method):
         noised = self._denoising.noised(batch)
         prediction = self._model.denoise(noised.x_t, noised.t, self.condition(batch))
         losses = self._denoising.losses(prediction, noised)
-        weights = [self.examples[i].weight for i in batch.indices]
+        weights = [self.example(i).weight for i in batch.indices]
         return losses * torch.tensor(weights, device=losses.device)
 
     def condition(self, batch: Batch) -> Condition:
         """What the denoiser is told about each row: caption, sizes and tokens, less what is dropped."""
         shown, inputs = self.shown(batch), self._inputs
-        examples, rows = (*self.examples, *self.held_out), list(batch.indices)
-        prompts = [examples[i].prompt if kept else None for i, kept in zip(rows, shown["caption"], strict=True)]
+        rows = list(batch.indices)
+        prompts = [self.example(i).prompt if kept else None for i, kept in zip(rows, shown["caption"], strict=True)]
         text = inputs.texts.select(prompts) if inputs.texts else self.backbone.encode_prompts(prompts, together=True)
         condition = self.backbone.condition(text, [inputs.images.geometries[i] for i in rows])
         return self._model.adapter.tell(condition, {name: (x[rows], shown[name]) for name, x in inputs.vectors.items()})
 
     def shown(self, batch: Batch) -> dict[str, Tensor]:
-        """Which rows are shown their caption, image and label: one boolean a row."""
+        """Which rows are shown their caption, image and label, one boolean a row; in validation all are."""
         import torch
 
         rates = self.config.dropout
         rngs = self._denoising.rngs(batch, Stream.DROPOUT)
         drawn = torch.stack([torch.rand(4, generator=rng) for rng in rngs])
         kept = drawn >= torch.tensor([rates.caption, rates.image, rates.label, rates.everything])
+        if batch.levels is not None:
+            kept = torch.ones_like(kept)
         return {name: kept[:, i] & kept[:, 3] for i, name in enumerate(("caption", "image", "label"))}
 
     @override
