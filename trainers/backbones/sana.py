@@ -46,6 +46,7 @@ class SanaConfig(PretrainedConfig):
     """A local folder, as `SanaPipeline.save_pretrained` writes it."""
 
     denoiser_name: ClassVar[str] = "transformer"
+    component_classes: ClassVar = {"transformer": "SanaTransformer2DModel", "vae": "AutoencoderDC"}
     lora_targets: ClassVar = ("to_q", "to_k", "to_v")  # as diffusers' example has it
     trains_text: ClassVar = False
     schedulers: ClassVar = ("euler", "dpmpp_2m")
@@ -73,7 +74,7 @@ class SanaConfig(PretrainedConfig):
     @property
     def latent_pixels(self) -> int:
         """Pixels per latent, along each axis; the transformer may see several latents as one token."""
-        return 2 ** (len(self.component_config("vae")["encoder_block_out_channels"]) - 1)
+        return 2 ** (len(self.setting("vae", "encoder_block_out_channels")) - 1)
 
     @property
     def instruction_text(self) -> str:
@@ -99,11 +100,6 @@ class SanaConfig(PretrainedConfig):
         return (*super().text_options, self.instruction_text, str(self.max_sequence_length))
 
     @property
-    def num_timesteps(self) -> int:
-        """Number of training timesteps."""
-        return self.scheduler_config().get("num_train_timesteps", 1000)  # diffusers' default
-
-    @property
     def shift(self) -> float:
         """How far training timesteps lean towards noise, under the name that the folder's scheduler gives it.
 
@@ -124,10 +120,11 @@ class SanaConfig(PretrainedConfig):
     @override
     def check(self) -> None:
         super().check()
-        assert self.shift
+        if self.shift <= 0:
+            raise ModelError(f"{self.folder('scheduler')}/scheduler_config.json: shift is {self.shift}, expected > 0")
         config, file = self.component_config("transformer"), self.folder("transformer") / "config.json"
-        latents = self.component_config("vae")["latent_channels"]
-        width = self.component_config("text_encoder")["hidden_size"]
+        latents = self.setting("vae", "latent_channels")
+        width = self.setting("text_encoder", "hidden_size")
         for key, expected, meaning in (
             ("guidance_embeds", False, "SANA-Sprint, which is told its guidance, cannot be trained"),
             ("in_channels", latents, "the autoencoder's latent_channels"),

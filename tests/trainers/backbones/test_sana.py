@@ -298,6 +298,7 @@ def test_a_missing_component_is_named(copied, missing):
 @pytest.mark.parametrize(
     ("component", "changes", "message"),
     [
+        ("transformer", {"_class_name": "PixArtTransformer2DModel"}, "expected 'SanaTransformer2DModel'"),
         ("transformer", {"guidance_embeds": True}, "Sprint"),
         ("transformer", {"caption_channels": 32}, "caption_channels is 32, expected 16"),
         ("vae", {"latent_channels": 32}, "in_channels is 4, expected 32"),
