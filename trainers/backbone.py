@@ -227,6 +227,11 @@ class BackboneConfig(Choice):
 
     @property
     @abstractmethod
+    def num_timesteps(self) -> int:
+        """Number of training timesteps."""
+
+    @property
+    @abstractmethod
     def text_layers(self) -> Mapping[str, int]:
         """The text encoders that can be trained, by the name that `Backbone.networks` gives them.
 

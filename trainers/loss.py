@@ -96,6 +96,15 @@ class LossConfig(Config):
     timesteps: tuple[NonNegativeInt, NonNegativeInt] | None = None
     """First and last training timestep to draw from; null draws from all. The SDXL refiner's are 0 to 199."""
 
+    def check(self, prediction: Prediction, num_timesteps: int) -> None:
+        """Raise ConfigError if the loss is not defined for a model that predicts this at so many timesteps."""
+        self.weighting.check(prediction)
+        if self.timesteps and self.timesteps[1] >= num_timesteps:
+            raise ConfigError(
+                f"train.loss.timesteps: the last is {self.timesteps[1]}; expected at most {num_timesteps - 1}, the "
+                "model's last"
+            )
+
     @model_validator(mode="after")
     def _band_is_not_empty(self) -> Self:
         if self.timesteps and self.timesteps[0] > self.timesteps[1]:

@@ -159,7 +159,7 @@ class MethodConfig(Choice):
         self.optimizer.check()
         self.backbone.check()
         self.data.check()
-        self.loss.weighting.check(self.backbone.prediction)
+        self.loss.check(self.backbone.prediction, self.backbone.num_timesteps)
         factor = self.backbone.downscale
         if any(side % factor for side in self.data.size):
             raise DataError(

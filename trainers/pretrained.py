@@ -66,6 +66,11 @@ class PretrainedConfig(BackboneConfig):
         """Every component with weights."""
         return (self.denoiser_name, "vae", *self.text_encoder_names)
 
+    @property
+    @override
+    def num_timesteps(self) -> int:
+        return self.scheduler_config().get("num_train_timesteps", 1000)  # diffusers' default
+
     @override
     def check(self) -> None:
         if not self.path.is_dir():
@@ -172,6 +177,8 @@ class PretrainedConfig(BackboneConfig):
         whole = {"tokenizer.json", "tokenizer.model", "spiece.model"} & names
         if not whole and not {"vocab.json", "merges.txt"} <= names:
             raise ModelError(f"{folder}: no tokenizer.json, nor vocab.json and merges.txt; is the download complete?")
+        if "tokenizer_config.json" not in names:
+            raise ModelError(f"{folder}: no tokenizer_config.json; is the download complete?")
         return tuple(folder / name for name in sorted(names) if name.endswith((".json", ".txt", ".model")))
 
     def load_network(self, cls: Any, component: str, dtype: torch.dtype, device: torch.device) -> Any:

@@ -5,15 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from trainers.config import Config, LocalPath
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL import Image
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; the last two are outside."""
+
+
+def _has_an_area(box: Box) -> Box:
+    left, top, right, bottom = box
+    if left >= right or top >= bottom:
+        raise ValueError(
+            f"got the box {list(box)}; expected [left, top, right, bottom] with left < right and top < bottom"
+        )
+    return box
+
+
+_FaceBox = Annotated[Box, AfterValidator(_has_an_area)]
 
 
 class Prompt(Config):
@@ -26,9 +40,9 @@ class Prompt(Config):
     """Label vector."""
     embedding: LocalPath | None = None
     """A file with a precomputed embedding of `image`."""
-    box: Box | None = None
+    box: _FaceBox | None = None
     """Where the face is to be in the picture that is drawn."""
-    image_box: Box | None = None
+    image_box: _FaceBox | None = None
     """Where the face is in `image`."""
 
     @model_validator(mode="before")
@@ -46,12 +60,25 @@ class Prompt(Config):
         return self == Prompt.model_construct(text=self.text)
 
     def __str__(self) -> str:
-        """The words, and in brackets what tells this prompt from others with the same words."""
-        label = "" if self.label is None else " ".join(f"{value:g}" for value in self.label)
-        details = [self.image.name if self.image else "", label, self.embedding.name if self.embedding else ""]
-        details += [",".join(map(str, self.box)) if self.box else ""]
+        """The words, and in brackets what tells this prompt from others with the same words, on every machine alike."""
+        details = [
+            self.image and _name(self.image),
+            " ".join(f"{value:.9g}" for value in self.label or ()),
+            self.embedding and _name(self.embedding),
+            self.box and _numbers(self.box),
+            self.image_box and f"face {_numbers(self.image_box)}",
+        ]
         named = ", ".join(detail for detail in details if detail)
         return f"{self.text} ({named})" if named else self.text
+
+
+def _name(path: Path) -> str:
+    # Photos of people lie in a folder each, and are often called the same.
+    return "/".join(path.parts[-2:])
+
+
+def _numbers(box: Box) -> str:
+    return ",".join(map(str, box))
 
 
 @dataclass(frozen=True)

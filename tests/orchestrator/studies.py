@@ -56,6 +56,7 @@ def build_sdxl_folder(folder: Path) -> Path:
     for name in ("tokenizer", "tokenizer_2"):
         (folder / name).mkdir()
         (folder / name / "tokenizer.json").write_text("{}")
+        (folder / name / "tokenizer_config.json").write_text("{}")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text('{"beta_start": 0.00085}')
     (folder / "model_index.json").write_text("{}")
