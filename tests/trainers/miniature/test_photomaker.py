@@ -6,13 +6,14 @@ import torch
 from trainers.adapters.photomaker import IdEncoder, read_checkpoint
 from trainers.faces.miniature import build_network, save_network
 from trainers.miniature.photomaker import build_id_encoder, train_photomaker
-from trainers.miniature.portraits import crowd, save_people
 
 SDXL = Path(__file__).parents[3] / "trainers" / "miniature" / "weights" / "sdxl"
 
 
 @pytest.mark.slow
 def test_a_short_training_writes_a_checkpoint_in_the_published_layout(tmp_path):
+    from trainers.miniature.portraits import crowd, save_people
+
     torch.manual_seed(0)
     network = build_network()
     with torch.no_grad():
