@@ -205,18 +205,37 @@ def launch(tmp_path):
     return start
 
 
+LOOKED_AT = {
+    "ema": {"decay": 0.9},
+    "gradient_checkpointing": True,
+    "validation": {"every": 3, "draws": 3},
+    "samples": {"every": 6, "prompts": ["a zog", "a dax", "a wug"], "resolution": 64, "steps": 2},
+    "weak_fraction": 0.5,
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("text", [None, {"rank": 2}])
-def test_two_processes_train_what_one_does(make_config, launch, tmp_path, text):
-    config = make_config(batch_size=5, micro_batch_size=2, text_encoder_lora=text)
+@pytest.mark.parametrize(
+    "options", [{}, {"text_encoder_lora": {"rank": 2}}, LOOKED_AT], ids=["plain", "text", "looked_at"]
+)
+def test_two_processes_train_what_one_does(make_config, pictures, launch, tmp_path, options):
+    data = {"kind": "folder", "path": str(pictures), "resolution": 64, "holdout": 2}
+    config = make_config(batch_size=5, micro_batch_size=2, data=data, **options)
     runs = {processes: RunDir(tmp_path / f"run{processes}") for processes in (1, 2)}
     for processes, run in runs.items():
         assert launch(config, run, processes).wait(timeout=900) == 0
-    one, two = (load_state(run)["parameters"] for run in runs.values())
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3)
-    for a, b in zip(*(events(run) for run in runs.values()), strict=True):
-        assert (a["step"], a["loss"]) == (b["step"], pytest.approx(b["loss"], rel=1e-4))
+    one, two = (load_state(run) for run in runs.values())
+    for name, value in one["parameters"].items():
+        torch.testing.assert_close(two["parameters"][name], value, atol=1e-4, rtol=1e-3)
+    for a, b in zip(one["averages"] or [], two["averages"] or [], strict=True):
+        torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-3)
+    for kind in ("train", "validation"):
+        for a, b in zip(*(events(run, kind) for run in runs.values()), strict=True):
+            assert (a["step"], a["loss"]) == (b["step"], pytest.approx(b["loss"], rel=1e-4))
+    assert (len(events(runs[2], "validation")) > 0) == ("validation" in options)
+    for event in events(runs[2], "samples"):
+        assert [(runs[2].path / file).is_file() for file in event["files"]] == [True] * 3
+    assert (runs[2].adapter / "weak").is_dir() == ("weak_fraction" in options)
 
 
 @pytest.mark.slow

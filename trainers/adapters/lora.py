@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from typing import TYPE_CHECKING, Annotated, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -29,6 +28,9 @@ PEFT_FILE = "adapter_model.safetensors"
 
 _NAME = "default"
 """PEFT's name of a model's only adapter."""
+
+_LENGTHS, _LENGTHS_OF_TRANSFORMERS = "lora_magnitude_vector", "lora_magnitude_vector.weight"
+"""PEFT's name of what DoRA trains beside LoRA, and the only one under which transformers does not pass it over."""
 
 _INVISIBLE = 1e-6
 """Of a weight's length: below the rounding of what is summed with it in float32."""
@@ -120,8 +122,7 @@ def save_lora(folder: Path, pipeline: Any, networks: Mapping[str, nn.Module]) ->
     for name, network in networks.items():
         layers = peft.get_peft_model_state_dict(network, save_embedding_layers=False)
         if name.startswith("text_encoder"):
-            # transformers, unlike PEFT, looks for DoRA's lengths under this name, and goes on without them.
-            layers = {re.sub(r"lora_magnitude_vector$", r"\g<0>.weight", key): value for key, value in layers.items()}
+            layers = {key.replace(_LENGTHS, _LENGTHS_OF_TRANSFORMERS): value for key, value in layers.items()}
         arguments[f"{name}_lora_layers"] = state_dict_utils.convert_state_dict_to_diffusers(layers)
         arguments[f"{name}_lora_adapter_metadata"] = _describe(network)
     assert arguments.keys() <= accepted.keys(), (
@@ -209,9 +210,10 @@ def _load_text_lora(encoder: nn.Module, folder: Path, pipeline: Any, name: str) 
         raise ValueError("there is none; expected an adapter that was trained with text encoders")
     options = {"network_alphas": alphas, "adapter_name": _NAME, "metadata": metadata, "prefix": name}
     pipeline.load_lora_into_text_encoder(state, text_encoder=encoder, **options)
-    return cast("Any", state_dict_utils).convert_state_dict_to_peft(
+    named = cast("Any", state_dict_utils).convert_state_dict_to_peft(
         state_dict_utils.convert_state_dict_to_diffusers(own)
     )
+    return {key.replace(_LENGTHS_OF_TRANSFORMERS, _LENGTHS): value for key, value in named.items()}
 
 
 def set_lora_scale(networks: Iterable[nn.Module], scale: float) -> None:

@@ -2,11 +2,20 @@ import itertools
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional
+from transformers import CLIPTextModelWithProjection
 
-from trainers.adapters.lora import UNET_TARGETS, LoraConfig, add_lora, set_lora_scale
+from trainers.adapters.lora import (
+    TEXT_TARGETS,
+    UNET_TARGETS,
+    LoraConfig,
+    add_lora,
+    merge_text_lora,
+    save_lora,
+    set_lora_scale,
+)
 
 KINDS = [
     LoraConfig(rank=4, alpha=6.0, rank_stabilized=stable, dora=dora)
@@ -112,3 +121,18 @@ def test_an_adapters_size_is_known_beforehand(make_unet, config):
     layers = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
     announced = sum(config.size(tuple(layer.base_layer.weight.shape)) for layer in layers)
     assert announced == sum(value.numel() for value in unet.parameters() if value.requires_grad)
+
+
+def test_a_text_encoders_dora_is_merged_exactly(sdxl_folder, tmp_path):
+    def load():
+        encoder = CLIPTextModelWithProjection.from_pretrained(sdxl_folder, subfolder="text_encoder_2")
+        return encoder.requires_grad_(False).eval()
+
+    adapted, merged, tokens = load(), load(), torch.arange(7)[None]
+    add_lora(adapted, LoraConfig(rank=2, alpha=3.0, dora=True), TEXT_TARGETS, seed=0)
+    save_lora(tmp_path, StableDiffusionXLPipeline, {"text_encoder_2": trained(adapted)})
+    merge_text_lora(merged, tmp_path, StableDiffusionXLPipeline, "text_encoder_2")
+    with torch.no_grad():
+        expected = adapted(tokens).text_embeds
+        torch.testing.assert_close(merged(tokens).text_embeds, expected, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(load()(tokens).text_embeds, expected, atol=1e-2)
