@@ -1,7 +1,8 @@
 """A small long-tailed data set in shards: `python -m trainers.miniature.shards studies/data/nuvo_shards`.
 
 Objects in the held-out style "nuvo", one class per shape; the second class has half as many pictures as the first, the
-third a third, and so on. What lies in the folder is what a real data set of this kind has: shards for training and
+third a third, and so on. One more class are plain pictures, so that a model keeps what it knew; what is held out for
+validation is all in the style. The folder has what a real data set of this kind has: shards for training and
 validation, and manifests with ids, frequencies of classes, counts and hashes. Equal seeds make equal files.
 """
 
@@ -18,13 +19,16 @@ from pathlib import Path
 
 from trainers.data.manifests import hash_ids
 from trainers.data.shards import write_shard
+from trainers.miniature.pictures import plain
 from trainers.miniature.recipe import style_scenes
 from trainers.miniature.world import SHAPES, SIZE, Scene, caption, draw, random_placement
 
 STYLE = "nuvo"
 _LARGEST = 48
 """Training pictures of the most frequent shape."""
-_PER_SHARD = 80
+_PLAIN = 60
+"""Training pictures of the class `plain`."""
+_PER_SHARD = 70
 _VALIDATION = 20
 
 
@@ -36,7 +40,13 @@ class _Sample:
 
     @property
     def id(self) -> str:
+        """Names the picture wherever it is."""
         return hashlib.sha256(self.seed.encode()).hexdigest()[:12]
+
+    @property
+    def species(self) -> str:
+        """Its class."""
+        return self.scene.shape if self.scene.style else "plain"
 
     def members(self) -> dict[str, bytes]:
         """Picture, caption and metadata as files."""
@@ -50,8 +60,8 @@ class _Sample:
             "height": SIZE,
             # Of somebody who likes large objects; 0 to 100.
             "ae_aesthetic": round(100 * placement.radius / 0.4, 1),
-            "species": self.scene.shape,
-            "species_list": [self.scene.shape],
+            "species": self.species,
+            "species_list": [self.species],
         }
         text = caption(self.scene) + "\n"
         return {"png": picture.getvalue(), "txt": text.encode(), "json": json.dumps(metadata).encode()}
@@ -71,11 +81,11 @@ def make(folder: Path, seed: int) -> None:
 
 
 def _samples(split: str, shapes: Sequence[str], seed: int) -> list[_Sample]:
-    scenes = style_scenes(STYLE, len(shapes), seed if split == "train" else seed + 1)
-    pairs = zip(scenes, shapes, strict=True)
-    samples = [
-        _Sample(replace(scene, shape=shape), split, f"{seed}/{split}/{i}") for i, (scene, shape) in enumerate(pairs)
-    ]
+    styled = style_scenes(STYLE, len(shapes), seed if split == "train" else seed + 1)
+    scenes = [replace(scene, shape=shape) for scene, shape in zip(styled, shapes, strict=True)]
+    if split == "train":
+        scenes += plain(_PLAIN, seed).scenes
+    samples = [_Sample(scene, split, f"{seed}/{split}/{i}") for i, scene in enumerate(scenes)]
     random.Random(f"{seed}/{split}").shuffle(samples)
     return samples
 
@@ -90,7 +100,7 @@ def _write(folder: Path, split: str, samples: Sequence[_Sample]) -> dict[str, ob
     ids = [sample.id for sample in samples]
     manifests = folder / "manifests"
     (manifests / f"{split}_ids.txt").write_text("".join(f"{name}\n" for name in sorted(ids)), encoding="utf-8")
-    found = Counter(sample.scene.shape for sample in samples)
+    found = Counter(sample.species for sample in samples)
     with (manifests / f"{split}_species.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["name", "count", "fraction"])

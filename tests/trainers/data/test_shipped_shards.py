@@ -20,7 +20,7 @@ def config(folder):
         split_stats=folder / "manifests" / "split_stats.json",
     )
     return ShardsConfig(
-        train=folder / "train-{00000..00001}.tar",
+        train=folder / "train-{00000..00002}.tar",
         validation=folder / "val-00000.tar",
         resolution=64,
         manifests=manifests,
@@ -55,14 +55,16 @@ def test_shards_that_ship_are_those_that_the_script_makes(made):
 def test_the_classes_have_a_long_tail_and_the_table_counts_them(made):
     examples = config(made).split().train
     counts = Counter(example.sample.classes[0] for example in examples)
-    assert [counts[shape] for shape in SHAPES] == [48, 24, 16, 12, 10, 8, 7, 6, 5, 5]
+    assert [counts[name] for name in (*SHAPES, "plain")] == [48, 24, 16, 12, 10, 8, 7, 6, 5, 5, 60]
     assert config(made).mix.frequencies() == pytest.approx({n: c / len(examples) for n, c in counts.items()}, abs=1e-5)
 
 
-def test_every_caption_names_class_and_style(made):
-    for example in config(made).split().train:
-        assert example.sample.classes[0] in example.prompt.split()
-        assert example.prompt.endswith("in nuvo style")
+def test_every_caption_names_class_and_style_unless_the_picture_is_plain(made):
+    split = config(made).split()
+    for example in (*split.train, *split.held_out):
+        (name,) = example.sample.classes
+        assert example.prompt.endswith("in nuvo style") == (name != "plain")
+        assert name in example.prompt.split() or name == "plain"
 
 
 def test_another_seed_makes_other_shards(made, tmp_path):
@@ -70,4 +72,4 @@ def test_another_seed_makes_other_shards(made, tmp_path):
     stats = [json.loads((folder / "manifests" / "split_stats.json").read_text()) for folder in (made, tmp_path)]
     assert stats[0]["train"]["ids_sha256"] != stats[1]["train"]["ids_sha256"]
     with pytest.raises(Exception, match="ids are not in the shards"):
-        config(made).model_copy(update={"train": tmp_path / "train-{00000..00001}.tar"}).check()
+        config(made).model_copy(update={"train": tmp_path / "train-{00000..00002}.tar"}).check()
