@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from typing_extensions import override
 
-from trainers.adapters.lora import LORA_FILE, PEFT_FILE, merge_text_lora
+from trainers.adapters.lora import LORA_FILE, PEFT_FILE, load_lora, merge_text_lora
 from trainers.backbone import Condition, TextEmbeddings
 from trainers.config import LocalPath
 from trainers.errors import ConfigError, ModelError
@@ -17,11 +19,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from jaxtyping import Float, Int
+    from torch import Tensor
 
     from trainers.batch import Geometry
+    from trainers.prompt import Prompt
 
 _STAGES = {6: "base", 5: "refiner"}
 """How many numbers a stage's UNet is told: sizes and crop, or the aesthetic score in place of the target size."""
+
+
+_REFINED_TIMESTEPS = 200
+"""The refiner was trained on the last 200 of 1000 timesteps (section 2.5)."""
+
+_BEGUN = "begun_"
+"""What names begin with of what the base is told."""
 
 
 class SdxlConfig(UnetConfig):
@@ -37,6 +49,11 @@ class SdxlConfig(UnetConfig):
     text_encoder_2_adapter: LocalPath | None = None
     """An adapter, as a trial exports it or as a folder of PEFT's, that is merged into the refiner's text encoder, which
     then hears what a base's text-encoder LoRA learned."""
+    after_base: bool = False
+    """For the refiner: draw pictures with the base of `path` until 200 timesteps are left, and finish them with the
+    refiner, as SDXL's authors do (section 2.5). False draws with the refiner alone."""
+    base_adapter: LocalPath | None = None
+    """With `after_base`, the adapter of a finished trial that the base draws with; null is the base as it is."""
 
     @property
     @override
@@ -53,16 +70,38 @@ class SdxlConfig(UnetConfig):
     @override
     def check(self) -> None:
         super().check()
-        if (folder := self.text_encoder_2_adapter) is None:
-            return
-        if self.stage == "base":
+        options = {"text_encoder_2_adapter": self.text_encoder_2_adapter, "after_base": self.after_base}
+        for name in (name for name, value in options.items() if value and self.stage == "base"):
             raise ConfigError(
-                "train.backbone: text_encoder_2_adapter with SDXL's base; expected it with the refiner alone: remove "
-                "it, or set denoiser to the refiner's UNet"
+                f"train.backbone: {name} with SDXL's base; expected it with the refiner alone: remove it, or set "
+                "denoiser to the refiner's UNet"
             )
-        files = (PEFT_FILE, LORA_FILE)
-        if not any((folder / file).is_file() for file in files):
-            raise ModelError(f"{folder}: neither {files[0]} nor {files[1]}; expected the adapter of a finished trial")
+        if self.after_base:
+            self.base.check()
+        if self.base_adapter and not self.after_base:
+            raise ConfigError("train.backbone: base_adapter without after_base, so no base draws; add or remove one")
+        for folder, files in (
+            (self.text_encoder_2_adapter, (PEFT_FILE, LORA_FILE)),
+            (self.base_adapter, (LORA_FILE,)),
+        ):
+            if folder and not any((folder / file).is_file() for file in files):
+                raise ModelError(f"{folder}: no {' nor '.join(files)}; expected the adapter of a finished trial")
+
+    @property
+    def base(self) -> SdxlConfig:
+        """The base beside the refiner.
+
+        Raises:
+            ModelError: The folder's own UNet is not the base's.
+        """
+        config = self.model_copy(
+            update={"denoiser": None, "text_encoder_2_adapter": None, "after_base": False, "base_adapter": None}
+        )
+        if config.stage != "base":
+            raise ModelError(
+                f"{self.path}/unet: the refiner's; after_base expects the base there, denoiser the refiner"
+            )
+        return config
 
     @override
     def text_files(self) -> tuple[Path, ...]:
@@ -73,7 +112,7 @@ class SdxlConfig(UnetConfig):
     @override
     def load(self, device: torch.device, dtype: torch.dtype) -> Sdxl:
         self.check()
-        return Sdxl(self, device, dtype)
+        return SdxlAfterBase(self, device, dtype) if self.after_base else Sdxl(self, device, dtype)
 
     @property
     def stage(self) -> str:
@@ -137,3 +176,48 @@ class Sdxl(UnetBackbone):
         rows = [(*geometry.original, *geometry.crop, *end) for geometry, end in zip(geometries, last, strict=True)]
         # As in the stock pipeline, sizes have the embeddings' precision.
         return Condition(text.to(self.device), torch.tensor(rows, dtype=text.hidden.dtype, device=self.device))
+
+
+class SdxlAfterBase(Sdxl):
+    """The refiner, which finishes pictures that the base has begun: SDXL's ensemble of expert denoisers.
+
+    Trained and judged by its loss it is the refiner alone; the base is loaded when the first pictures are drawn.
+    """
+
+    config: SdxlConfig
+
+    @cached_property
+    def base(self) -> Sdxl:
+        """The base that begins pictures, frozen."""
+        config, adapter = self.config.base, self.config.base_adapter
+        base = Sdxl(config, self.device, self.dtype)
+        # One copy of what both have; a text encoder with an adapter is no longer the one that the folder has.
+        base.vae = self.vae
+        adapted = self.config.text_encoder_2_adapter or hasattr(self.text_encoders[0], "peft_config")
+        if adapter:
+            load_lora(adapter, base.pipeline, base.networks)
+        elif not adapted:
+            base.text_encoders = (base.text_encoders[0], self.text_encoders[0])
+        return base
+
+    @override
+    def prepare(
+        self, prompts: Sequence[Prompt | None], height: int, width: int, *, negative: str | None = None
+    ) -> Condition:
+        told, begun = (Sdxl.prepare(model, prompts, height, width, negative=negative) for model in (self, self.base))
+        assert begun.sizes is not None
+        extra = {**begun.text.tensors(), "sizes": begun.sizes}
+        return replace(told, extra={**told.extra, **{_BEGUN + name: value for name, value in extra.items()}})
+
+    @override
+    def denoise(
+        self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"] | Float[Tensor, " b"], condition: Condition
+    ) -> Float[Tensor, "b c h w"]:
+        begun = {name: value for name, value in condition.extra.items() if name.startswith(_BEGUN)}
+        # Only pictures that are being drawn have a base, and their rows are all at one timestep.
+        if begun and float(t.flatten()[0]) >= _REFINED_TIMESTEPS:
+            told = {name.removeprefix(_BEGUN): value for name, value in begun.items()}
+            sizes = told.pop("sizes")
+            return self.base.denoise(x_t, t, Condition(TextEmbeddings(**told), sizes))
+        own = {name: value for name, value in condition.extra.items() if name not in begun}
+        return super().denoise(x_t, t, replace(condition, extra=own))
