@@ -78,7 +78,7 @@ def _adapters_off(network: nn.Module) -> Generator[None]:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """The latents through which the frozen model passes on its way to each picture, in host memory."""
+    """The latents through which the frozen model passes on its way to each picture, in host memory or mapped to it."""
 
     timesteps: Int[Tensor, " n"]
     """The same for all pictures, rising to the last training timestep."""
@@ -153,7 +153,7 @@ class Inverted(QueryTarget):
         def make(i: int) -> Tensors:
             with torch.no_grad(), frozen.accelerator.autocast():
                 path = invert(lambda x, t: backbone.denoise(x, t, conditions[i]), start(i), process, self.steps)
-            return {"timesteps": path.timesteps, "latents": path.latents.cpu()}
+            return {"timesteps": path.timesteps[None], "latents": path.latents[None].cpu()}
 
         def key(i: int) -> str:
             # What the denoiser is told and starts from is hashed itself; prompt, sizes and picture are behind it.
@@ -161,8 +161,8 @@ class Inverted(QueryTarget):
             told += [conditions[i].sizes] if conditions[i].sizes is not None else []
             return digest("inversion", str(self.steps), process.prediction, network, *(_hash(one) for one in told))
 
-        rows = [cast("Tensors", row) for row in frozen.share(key, make, len(conditions))]
-        return Trajectories(rows[0]["timesteps"], torch.stack([row["latents"] for row in rows]))
+        _, rows = frozen.stack(key, make, len(conditions))
+        return Trajectories(rows["timesteps"][0], rows["latents"])
 
 
 def _hash(tensor: torch.Tensor | None) -> str:
