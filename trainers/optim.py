@@ -14,6 +14,8 @@ from trainers.config import Choice
 from trainers.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from torch import Tensor
     from torch.optim import Optimizer
 
@@ -112,6 +114,9 @@ class OptimizerConfig(Choice):
 
     def check_schedule(self, schedule: ScheduleConfig) -> None:
         """Raise ValueError if this optimizer makes no sense with `schedule`."""
+
+    def check_rates(self, scales: Collection[float]) -> None:
+        """Raise ValueError if this optimizer cannot train networks at such factors of its rate."""
 
     @abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:

@@ -50,6 +50,8 @@ class TunedConfig(MethodConfig):
         if not self.text_is_frozen and not self.backbone.trains_text:
             option = "train_text_encoders" if self.train_text_encoders else "text_encoder_lora"
             raise ValueError(f"{option}: diffusers has no file for the trained text encoder of this model; remove it")
+        if self.text_encoder_lora:
+            self.optimizer.check_rates({1.0, self.text_encoder_lora.lr_scale})
         return self
 
     @property

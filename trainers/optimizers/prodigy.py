@@ -11,6 +11,8 @@ from trainers.errors import ConfigError
 from trainers.optim import Momentum, OptimizerConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from torch.optim import Optimizer
 
 
@@ -34,16 +36,22 @@ class Prodigy(OptimizerConfig):
     """Keeps the estimate from growing too far while a schedule warms up."""
 
     @override
+    def check_rates(self, scales: Collection[float]) -> None:
+        if len(set(scales)) > 1:
+            raise ValueError(
+                f"prodigy finds one learning rate for all networks, and their lr_scale are {sorted(set(scales))}; "
+                "set every lr_scale to 1, or choose another kind of optimizer"
+            )
+
+    @override
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         self.check()
         from prodigyopt import Prodigy as Implementation
 
-        rates = sorted({group["lr"] for group in groups})
-        if len(rates) > 1:
-            raise ConfigError(
-                f"train.optimizer: prodigy finds one learning rate for all weights and there are {len(rates)} "
-                f"({', '.join(map(str, rates))}); set every lr_scale to 1, or choose another kind"
-            )
+        try:
+            self.check_rates({group["lr"] / self.lr for group in groups})
+        except ValueError as error:
+            raise ConfigError(f"train.optimizer: {error}") from error
         options = {"weight_decay": self.weight_decay, "betas": self.betas, "eps": self.eps}
         mode = {"use_bias_correction": self.bias_correction, "safeguard_warmup": self.safeguard_warmup}
         return Implementation(groups, lr=self.lr, d0=self.d0, d_coef=self.d_coef, **options, **mode)

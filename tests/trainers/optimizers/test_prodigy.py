@@ -35,5 +35,5 @@ def test_the_rate_in_effect_is_the_one_it_found():
 
 def test_groups_of_different_rates_are_refused():
     groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr} for lr in (1.0, 0.3)]
-    with pytest.raises(ConfigError, match=r"one learning rate for all weights and there are 2 \(0\.3, 1\.0\)"):
+    with pytest.raises(ConfigError, match=r"one learning rate for all networks, and their lr_scale are \[0\.3, 1\.0\]"):
         Prodigy().build(groups)
