@@ -176,11 +176,8 @@ class _Perceiver(nn.Module):
     def __init__(self, sizes: IdSizes) -> None:
         super().__init__()
         self.num_tokens = sizes.tokens
-        self.token_proj = nn.Sequential(
-            nn.Linear(sizes.face, sizes.face_hidden),
-            nn.GELU(),
-            nn.Linear(sizes.face_hidden, sizes.tokens * sizes.width),
-        )
+        first = nn.Linear(sizes.face, sizes.face_hidden)
+        self.token_proj = nn.Sequential(first, nn.GELU(), nn.Linear(sizes.face_hidden, sizes.tokens * sizes.width))
         self.token_norm = nn.LayerNorm(sizes.width)
         self.perceiver_resampler = _Resampler(sizes)
 

@@ -1,0 +1,117 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.contracts.method import weights
+from tests.trainers.data.test_identity import write
+from tests.trainers.photomakers import (  # noqa: F401, fixtures among them
+    EVERYTHING,
+    SIZES,
+    checkpoint_fixture,
+    face_folder_fixture,
+    make_fixture,
+    method_fixture,
+    people_fixture,
+    predict,
+    prompt,
+    shake,
+    tensor,
+)
+from trainers.adapters.photomaker import Checkpoint, IdEncoder, write_checkpoint
+from trainers.errors import ConfigError, DataError, ModelError
+
+
+class TestPrompts:
+    def test_an_embedding_made_before_takes_the_place_of_the_embedder(self, method, people, tmp_path):
+        import numpy as np
+
+        shake(method)
+        np.save(tmp_path / "one.npy", tensor(6, seed=4).numpy())
+        model = method.model
+        told = prompt(people, embedding=tmp_path / "one.npy")
+        given = predict(model, [told])
+        model.faces = None
+        assert torch.equal(predict(model, [told]), given)
+        with pytest.raises(ConfigError, match=r"train\.faces"):
+            predict(model, [prompt(people)])
+
+    def test_without_a_box_the_face_is_looked_for(self, method, people):
+        shake(method)
+        found = method.model.faces.find(Image.open(people / "anna" / "1.png").convert("RGB"))
+        looked = predict(method.model, [prompt(people, image_box=None)])
+        image = prompt(people, image_box=found.box)
+        assert looked.shape == predict(method.model, [image]).shape
+        assert not torch.allclose(looked, predict(method.model, [prompt(people)]), atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"box": None}, ConfigError, "set box"),
+            ({"box": (0, 0, 65, 10)}, ConfigError, "not inside 64 x 64"),
+            ({"box": (5, 5, 5, 10)}, ConfigError, "not inside"),
+            ({"label": (1.0,)}, ConfigError, r"photo\s+of a person"),
+            ({"image": None}, ConfigError, r"photo\s+of a person"),
+            ({"image": None, "box": None, "image_box": None}, ConfigError, r"photo\s+of a person"),
+            ({"image_box": (0, 0, 97, 10)}, DataError, r"1\.png: the box"),
+            ({"text": "a man in red"}, DataError, "0 trigger words"),
+            ({"text": "a man img and a woman img"}, DataError, "2 trigger words"),
+        ],
+    )
+    def test_what_cannot_be_drawn_is_an_error(self, method, people, changes, error, message):
+        with pytest.raises(error, match=message):
+            method.model.prepare([prompt(people, **changes)], 64, 64)
+
+    def test_a_photo_without_a_face_is_an_error_that_names_it(self, method, people, monkeypatch):
+        monkeypatch.setattr("trainers.faces.miniature.MiniatureFace.find", lambda self, image, box=None: None)
+        with pytest.raises(DataError, match=r"anna/1\.png: no face found"):
+            method.model.prepare([prompt(people)], 64, 64)
+
+    def test_pictures_of_other_shapes_can_be_drawn(self, method, people):
+        shake(method)
+        model = method.model
+        condition = model.prepare([prompt(people)], 48, 96)
+        x_t = tensor(1, *model.latent_shape(48, 96))
+        with torch.no_grad():
+            assert model.denoise(x_t, torch.tensor([100]), condition).shape == x_t.shape
+
+
+class TestChecks:
+    def test_a_good_configuration_passes(self, make):
+        make().check()
+
+    def test_captions_are_read_before_anything_starts(self, make, people):
+        index = json.loads((people / "index.json").read_text())
+        index["anna/0.png"]["text"] = "a man"
+        write(people, index)
+        with pytest.raises(DataError, match=r"index\.json: 'anna/0\.png'"):
+            make().check()
+
+    def test_a_missing_checkpoint_names_its_path(self, make, tmp_path):
+        with pytest.raises(ModelError, match=r"train\.photomaker"):
+            make(photomaker=str(tmp_path / "nothing.bin")).check()
+
+    def test_some_source_of_embeddings_is_needed(self, make):
+        with pytest.raises(ConfigError, match=r"train\.faces"):
+            make(faces=None).check()
+
+    def test_a_checkpoint_of_another_size_is_an_error(self, make, accelerator, tmp_path):
+        from dataclasses import replace
+
+        torch.manual_seed(0)
+        write_checkpoint(tmp_path / "p.safetensors", Checkpoint(IdEncoder(replace(SIZES, width=32)).state_dict(), {}))
+        with pytest.raises(ModelError, match="32 numbers"):
+            make(photomaker=str(tmp_path / "p.safetensors")).build(0, None, accelerator)
+
+    @pytest.mark.parametrize(
+        "changes", [{"lora": None}, {"text_encoder_lora": {"rank": 2}}, {"train_text_encoders": True}]
+    )
+    def test_only_adapters_of_the_unet_are_trained(self, make, changes):
+        with pytest.raises(ValueError, match="adapters of the UNet alone"):
+            make(**changes)
+
+    def test_the_announced_number_of_trainable_weights_is_never_too_low(self, make, accelerator):
+        config = make(branches=EVERYTHING)
+        counted = sum(value.numel() for value in weights(config.build(0, None, accelerator)).values())
+        assert counted <= config.num_trainable() <= counted * 1.3
