@@ -1,0 +1,132 @@
+"""What a trial has learnt, and what it has kept, by pixel truth: `python -m tests.benchmarks.learned zog TRIAL`.
+
+A trial of a study on the miniature world and the model it began with draw the same pictures on fresh seeds: of what was
+to be learnt, and of plain things that have nothing to do with it. Every picture is compared with its scene pixel by
+pixel (`trainers.miniature.truth`). Differences are paired; intervals are 95 % over prompts. Table and pictures go to
+`tests/benchmarks/results/learned_NAME.md` and `.png`.
+"""
+
+import argparse
+import random
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evaluation.grid import draw_grid
+from evaluation.statistics import estimate, paired_difference
+from orchestrator.provenance import versions
+from orchestrator.spec import TrialSpec
+from trainers.backbone import Model
+from trainers.guidance import SamplingConfig
+from trainers.miniature.pictures import to_unit
+from trainers.miniature.recipe import SUBJECT_BACKGROUNDS, style_scenes
+from trainers.miniature.truth import compare
+from trainers.miniature.world import COLOURS, SUBJECTS, Scene, caption, is_held_out, random_scene, subject
+from trainers.prompt import Prompt, Request
+from trainers.rundir import RunDir, thaw
+from trainers.sampling import generate
+from trainers.train import build_accelerator
+
+RESULTS = Path(__file__).parent / "results"
+FRESH_SEEDS = (1001, 1002, 1003)
+"""That no study's panel uses."""
+Scenes = Mapping[Prompt, Scene]
+Panel = dict[tuple[str, int], float]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one model drew of some scenes."""
+
+    truth: Panel
+    pictures: dict[tuple[str, str], Path]
+    """The first seed's, by prompt and who drew it."""
+
+
+def plain_scenes(count: int = 12) -> Scenes:
+    """Things that the base can draw, which training is to leave alone."""
+    rng = random.Random("kept")
+    scenes = (scene for _ in iter(int, 1) if not is_held_out(scene := random_scene(rng, portraits=0)))
+    return {Prompt(text=caption(scene)): scene for scene, _ in zip(scenes, range(count), strict=False)}
+
+
+def subject_scenes(name: str) -> Scenes:
+    """A held-out subject, first on backgrounds that no training picture shows it on."""
+    new = [colour for colour in COLOURS if colour not in SUBJECT_BACKGROUNDS]
+    scenes = [subject(name, background) for background in (*new, *SUBJECT_BACKGROUNDS)]
+    return {Prompt(text=caption(scene)): scene for scene in scenes}
+
+
+def targets(name: str) -> Scenes:
+    """What is to be learnt, by the name of a subject or a style."""
+    if name in SUBJECTS:
+        return subject_scenes(name)
+    return {Prompt(text=caption(scene)): scene for scene in style_scenes(name, 12, seed=99)}
+
+
+def draw(model: Model, who: str, scenes: Scenes, sampling: SamplingConfig, folder: Path) -> Drawn:
+    """Draw and judge every scene with every fresh seed."""
+    truth: Panel = {}
+    pictures: dict[tuple[str, str], Path] = {}
+    requests = [Request(prompt, seed) for prompt in scenes for seed in FRESH_SEEDS]
+    for sample in generate(model, requests, sampling):
+        name = str(sample.prompt)
+        pixels = to_unit(torch.from_numpy(np.array(sample.image)).permute(2, 0, 1)[None])
+        truth[name, sample.seed] = compare(pixels, scenes[sample.prompt])[0].whole
+        if sample.seed == FRESH_SEEDS[0]:
+            pictures[name, who] = folder / f"{who}_{len(truth)}.png"
+            sample.image.save(pictures[name, who])
+    return Drawn(truth, pictures)
+
+
+def report(name: str, trial: Path, learnt: Scenes, kept: Scenes | None = None) -> str:
+    """Judge a trial; writes the table and the pictures, and returns the table."""
+    spec = TrialSpec.model_validate(thaw(RunDir(trial).trial))
+    accelerator = build_accelerator(spec.train)
+    sampling = SamplingConfig.model_validate(spec.evaluate.model_dump(include=set(SamplingConfig.model_fields)))
+    rows: list[str] = []
+    pictures: dict[tuple[str, str], Path] = {}
+    with tempfile.TemporaryDirectory() as folder, accelerator.autocast():
+        parts = {"to be learnt": learnt, "to be kept": plain_scenes() if kept is None else kept}
+        drawn: dict[tuple[str, str], Drawn] = {}
+        for who, adapter in (("before", None), ("after", RunDir(trial).adapter)):
+            model = spec.train.load_trained(adapter, accelerator)
+            for what, scenes in parts.items():
+                drawn[what, who] = draw(model, who, scenes, sampling, Path(folder))
+        for what, scenes in parts.items():
+            before, after = drawn[what, "before"], drawn[what, "after"]
+            gain = paired_difference(after.truth, before.truth)
+            values = (estimate(before.truth).mean, estimate(after.truth).mean, gain.mean, gain.low, gain.high)
+            cells = "| {:.3f} | {:.3f} | {:+.3f} ({:+.3f} to {:+.3f}) |".format(*values)
+            rows.append(f"| {what} ({len(scenes)} prompts x {len(FRESH_SEEDS)} seeds) {cells}")
+            shown = list(dict.fromkeys(prompt for prompt, _ in before.pictures))[:6]
+            pictures |= {key: path for one in (before, after) for key, path in one.pictures.items() if key[0] in shown}
+        RESULTS.mkdir(exist_ok=True)
+        draw_grid(pictures).save(RESULTS / f"learned_{name}.png")
+    used = versions()
+    table = "\n".join(["| pixel truth | before | after | difference (95 %) |", "| --- | --: | --: | --- |", *rows])
+    text = (
+        f"# {name}: learnt and kept\n\n{table}\n\n![before and after](learned_{name}.png)\n\n"
+        f"`{type(spec.train).__name__}`, {spec.train.steps} steps of {spec.train.batch_size}; two CPU cores; torch "
+        f"{used['torch']}, diffusers {used['diffusers']}. {__doc__.splitlines()[0]}\n"
+    )
+    (RESULTS / f"learned_{name}.md").write_text(text, encoding="utf-8")
+    return table
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("concept", help="the subject or style that was to be learnt")
+    parser.add_argument("trial", type=Path, help="a finished trial's directory")
+    parser.add_argument("--name", help="of the result's files; default: the concept")
+    arguments = parser.parse_args()
+    print(report(arguments.name or arguments.concept, arguments.trial, targets(arguments.concept)))
+
+
+if __name__ == "__main__":
+    main()
