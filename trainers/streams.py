@@ -44,6 +44,8 @@ class TokensConfig(Config):
     """Width between two linear maps; null is a single one."""
     layer_norm: bool
     """Whether every token is normalised, as in IP-Adapter."""
+    dropout: Probability = 0.05
+    """Probability that an example is shown without its vector, so that guidance and missing inputs work."""
     trainable: bool = True
 
     def widths(self, width: int) -> list[int]:
@@ -57,7 +59,7 @@ class TokensConfig(Config):
 
     def description(self) -> dict[str, Any]:
         """Everything that a file of its weights depends on."""
-        return self.model_dump(exclude={"trainable"})
+        return self.model_dump(exclude={"trainable", "dropout"})
 
 
 class EmbedToToken(TokensConfig):

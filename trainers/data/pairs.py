@@ -9,9 +9,9 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from typing_extensions import override
 
 from trainers.batch import DataConfig, Example, Picture, Split
@@ -54,6 +54,14 @@ class PairsConfig(DataConfig):
     resolution: PositiveInt
     holdout: NonNegativeInt = 0
     """So many pictures, chosen by a hash of their bytes, are kept from training: fidelity is judged against them."""
+    holdout_path: LocalPath | None = None
+    """Another table, of the same columns, to judge fidelity against instead."""
+
+    @model_validator(mode="after")
+    def _one_holdout(self) -> Self:
+        if self.holdout and self.holdout_path:
+            raise ValueError("holdout and holdout_path exclude each other; set holdout to 0 or remove holdout_path")
+        return self
 
     @property
     @override
@@ -67,39 +75,38 @@ class PairsConfig(DataConfig):
 
     @override
     def check(self) -> None:
-        rows = self.rows()
+        rows = _read(self.path)
         pictures = {row.path for row in rows}
         if self.holdout >= len(pictures):
             raise DataError(
                 f"{self.path}: {len(pictures)} pictures and holdout is {self.holdout}; expected one to train on"
             )
-        if self.strict:
-            for path in pictures:
-                open_picture(path)
+        for row in self.rows():
+            if self.strict:
+                open_picture(row.path)
+
+    @override
+    def check_validation(self) -> None:
+        if not self.holdout and not self.holdout_path:
+            raise ValueError("validation needs pairs that are held out; set data.holdout or data.holdout_path")
 
     def rows(self) -> list[Pair]:
-        """The table, without the pictures' hashes.
+        """All rows, those to judge by last, without the pictures' hashes.
 
         Raises:
-            DataError: The table cannot be read, or a row is not as described or names a file that is not there.
+            DataError: A table cannot be read, or a row is not as described or names a file that is not there.
         """
-        if self.path.suffix not in _READERS:
-            raise DataError(f"{self.path}: expected a table of pairs in a .csv or .jsonl file")
-        lines = _READERS[self.path.suffix](self.path)
-        rows = [_pair(row, self.path, f"{self.path}, line {line}") for line, row in lines]
-        if not rows:
-            raise DataError(f"{self.path}: no rows; expected one picture a row with {', '.join(COLUMNS)}")
-        return rows
+        return [row for table in (self.path, self.holdout_path) if table for row in _read(table)]
 
     @override
     def split(self) -> Split:
-        hashes: dict[Path, str] = {}
-        rows: list[Pair] = []
-        for row in self.rows():
-            if row.path not in hashes:
-                hashes[row.path] = _hash(row)
-            rows.append(replace(row, key=hashes[row.path]))
-        held_out, unreadable = self._hold_out(rows)
+        rows = _hashed(_read(self.path))
+        if self.holdout_path:
+            held_out, unreadable = self._readable(_hashed(_read(self.holdout_path)))
+        else:
+            # Two rows of a picture have one key and are never on both sides.
+            distinct = {row.key: row for row in reversed(rows)}
+            held_out, unreadable = self._readable([distinct[key] for key in sorted(distinct)], self.holdout)
         kept = {row.key for row in (*held_out, *unreadable)}
         train = tuple(row for row in rows if row.key not in kept)
         if len(held_out) < self.holdout or not train:
@@ -113,21 +120,20 @@ class PairsConfig(DataConfig):
     def read(self, example: Example) -> Picture:
         return square_picture(example.path, self.resolution)
 
-    def _hold_out(self, rows: list[Pair]) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
-        """The first row of each picture to hold out, and of those that were met on the way and cannot be decoded."""
-        distinct = {row.key: row for row in reversed(rows)}
+    def _readable(self, rows: list[Pair], count: int | None = None) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
+        """The first `count` rows whose pictures decode, default all, and those that were met and do not."""
         good: list[Pair] = []
         bad: list[Pair] = []
-        for key in sorted(distinct):
-            if len(good) == self.holdout:
+        for row in rows:
+            if len(good) == count:
                 break
             try:
-                open_picture(distinct[key].path)
-                good.append(distinct[key])
+                open_picture(row.path)
+                good.append(row)
             except DataError:
                 if self.strict:
                     raise
-                bad.append(distinct[key])
+                bad.append(row)
         return tuple(good), tuple(bad)
 
 
@@ -173,6 +179,25 @@ def _shape(path: Path, where: str) -> tuple[int, ...]:
             return tuple(file.get_slice(names[0]).get_shape()) if len(names) == 1 else (len(names), 0)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{where}: {path} cannot be read ({error}); expected one vector of numbers") from error
+
+
+def _read(table: Path) -> list[Pair]:
+    if table.suffix not in _READERS:
+        raise DataError(f"{table}: expected a table of pairs in a .csv or .jsonl file")
+    lines = _READERS[table.suffix](table)
+    rows = [_pair(row, table, f"{table}, line {line}") for line, row in lines]
+    if not rows:
+        raise DataError(f"{table}: no rows; expected one picture a row with {', '.join(COLUMNS)}")
+    return rows
+
+
+def _hashed(rows: list[Pair]) -> list[Pair]:
+    """Rows with their pictures' hashes; each picture is read once."""
+    hashes: dict[Path, str] = {}
+    for row in rows:
+        if row.path not in hashes:
+            hashes[row.path] = _hash(row)
+    return [replace(row, key=hashes[row.path]) for row in rows]
 
 
 def _pair(row: dict[str, Any], table: Path, where: str) -> Pair:

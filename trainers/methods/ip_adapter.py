@@ -10,11 +10,11 @@ from typing_extensions import override
 
 from trainers.adapters.lora import LoraConfig
 from trainers.batch import Stream
-from trainers.config import Config
 from trainers.data.pairs import Pair, PairsConfig, check_pairs
 from trainers.errors import ConfigError
 from trainers.method import Method, Trained
 from trainers.streams import (
+    STREAMS,
     AdaptersConfig,
     EmbedToToken,
     LabelToToken,
@@ -41,19 +41,6 @@ if TYPE_CHECKING:
     from trainers.ip_adapter import IpAdapted, IpAdapter
 
 
-class DropoutConfig(Config):
-    """Probabilities that an example is shown without something, so that guidance and missing inputs work.
-
-    They are drawn apart from one another. A dropped picture or label is none: zero tokens.
-    """
-
-    caption: Probability = 0.05
-    image: Probability = 0.05
-    label: Probability = 0.05
-    everything: Probability = 0.05
-    """Of losing caption, image and label together, whatever the others say."""
-
-
 class IpAdapterConfig(TunedConfig):
     """Denoising loss on captioned pictures with an image embedding, a label vector, or both."""
 
@@ -69,7 +56,10 @@ class IpAdapterConfig(TunedConfig):
     train_unet: bool = False
     """Train the UNet too: by `lora`, or every weight of it where `lora` is null."""
     lora: LoraConfig | None = None
-    dropout: DropoutConfig = DropoutConfig()
+    caption_dropout: Probability = 0.05
+    """Probability that an example is shown without its caption."""
+    joint_dropout: Probability = 0.05
+    """Probability that an example is shown with nothing, whatever is dropped besides; as IP-Adapter's 5 % each."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -249,16 +239,19 @@ class IpAdapterMethod(Method):
         return self._model.adapter.tell(condition, {name: (x[rows], shown[name]) for name, x in inputs.vectors.items()})
 
     def shown(self, batch: Batch) -> dict[str, Tensor]:
-        """Which rows are shown their caption, image and label, one boolean a row; in validation all are."""
+        """Which rows are shown their caption, and each stream's vector; in validation all are."""
         import torch
 
-        rates = self.config.dropout
+        config = self.config
+        rates = {"caption": config.caption_dropout}
+        # Every stream has a number of its own, so that others do not depend on whether it is there.
+        rates |= {name: config.tokens[name].dropout if name in config.tokens else 0.0 for name in STREAMS}
         rngs = self._denoising.rngs(batch, Stream.DROPOUT)
-        drawn = torch.stack([torch.rand(4, generator=rng) for rng in rngs])
-        kept = drawn >= torch.tensor([rates.caption, rates.image, rates.label, rates.everything])
+        drawn = torch.stack([torch.rand(len(rates) + 1, generator=rng) for rng in rngs])
+        kept = drawn >= torch.tensor([*rates.values(), config.joint_dropout])
         if batch.levels is not None:
             kept = torch.ones_like(kept)
-        return {name: kept[:, i] & kept[:, 3] for i, name in enumerate(("caption", "image", "label"))}
+        return {name: kept[:, i] & kept[:, -1] for i, name in enumerate(rates)}
 
     @override
     def export(self, folder: Path) -> None:

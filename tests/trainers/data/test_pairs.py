@@ -153,6 +153,34 @@ def test_held_out_pictures_are_trained_on_in_no_row(folder):
     assert held_out.isdisjoint(pair.key for pair in split.train)
 
 
+def test_another_table_may_say_what_to_judge_by(folder):
+    write(folder, HEADER + "2.png,c,1 2,2.npy\n3.png,d,3 4,3.npy\n", "judged.csv")
+    config = write(folder, HEADER + "0.png,a,,\n1.png,b,,\n").model_copy(update={"holdout_path": folder / "judged.csv"})
+    config.check()
+    split = config.split()
+    assert [pair.prompt for pair in split.train] == ["a", "b"]
+    assert [pair.label for pair in split.held_out] == [(1, 2), (3, 4)]
+    assert [pair.prompt for pair in config.rows()] == ["a", "b", "c", "d"]
+
+
+def test_a_bad_row_to_judge_by_is_named(folder):
+    write(folder, HEADER + "absent.png,c,,\n", "judged.csv")
+    config = write(folder, HEADER + "0.png,a,,\n").model_copy(update={"holdout_path": folder / "judged.csv"})
+    with pytest.raises(DataError, match=r"judged\.csv, line 2: image 'absent.png'"):
+        config.split()
+
+
+def test_two_ways_to_hold_out_exclude_each_other(folder):
+    with pytest.raises(ValueError, match="exclude each other"):
+        PairsConfig(path=folder / "a.csv", resolution=64, holdout=1, holdout_path=folder / "b.csv")
+
+
+def test_validation_needs_something_held_out(folder):
+    with pytest.raises(ValueError, match=r"set data\.holdout"):
+        PairsConfig(path=folder / "a.csv", resolution=64).check_validation()
+    PairsConfig(path=folder / "a.csv", resolution=64, holdout=1).check_validation()
+
+
 def test_more_held_out_than_there_are_pictures_is_an_error(folder):
     config = write(folder, HEADER + "0.png,a,,\n0.png,b,,\n").model_copy(update={"holdout": 1})
     with pytest.raises(DataError, match="1 pictures and holdout is 1"):
