@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -66,3 +71,39 @@ def test_a_hundred_thousand_pictures_of_sdxl_do_not_fit():
     row = {"mean": torch.empty(1, 4, 128, 128), "logvar": torch.empty(1, 4, 128, 128)}
     assert fits(row, 5_000)
     assert not fits(row, 100_000)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from trainers import packing
+from trainers.cache import Cache
+from trainers.frozen import Frozen
+
+packing.MEMORY_BYTES = 0
+accelerator = Accelerator(cpu=True)
+made = []
+
+def make(i):
+    made.append(i)
+    return None if i == 3 else {"mean": torch.full((1, 2), float(i))}
+
+frozen = Frozen(None, None, Cache(Path(sys.argv[1])), accelerator)
+kept, columns = frozen.stack(lambda i: f"{i:064}", make, 7)
+assert kept == [0, 1, 2, 4, 5, 6], kept
+assert columns["mean"][:, 0].tolist() == kept
+assert set(made) <= {0, 3, *range(accelerator.process_index, 7, 2)}, made
+accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_and_map_the_same_files(tmp_path):
+    (tmp_path / "job.py").write_text(SCRIPT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for _ in range(2):
+        job = [sys.executable, *launcher, str(tmp_path / "job.py"), str(tmp_path / "cache")]
+        subprocess.run(job, check=True, cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONPATH": "."})
+    assert len(list((tmp_path / "cache").rglob("mean.bin"))) == 1
