@@ -40,18 +40,20 @@ _CLIP_MEAN, _CLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 def build_tokenizer() -> CLIPTokenizer:
     """A byte-level CLIP tokenizer in which each word of the world is one token; other words fall apart into bytes."""
     letters = sorted(ByteLevel.alphabet())
-    merges = _learn_merges(words())
+    merges = learn_merges([[*word[:-1], f"{word[-1]}</w>"] for word in words()])
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), _START, _END]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocabulary, merges=cast("Any", merges), model_max_length=CONTEXT, pad_token=_END)
 
 
-def _learn_merges(corpus: Sequence[str]) -> list[tuple[str, str]]:
+def learn_merges(split: Sequence[list[str]]) -> list[tuple[str, str]]:
     """Byte-pair encoding (Sennrich et al., 2016, arXiv:1508.07909) until each word is one piece.
 
     Unlike the trainer of the tokenizers library it breaks ties in a fixed order, so that a recipe can be repeated.
+
+    Args:
+        split: Words as lists of pieces.
     """
-    split = [[*word[:-1], f"{word[-1]}</w>"] for word in corpus]
     merges: list[tuple[str, str]] = []
     while counts := Counter(pair for pieces in split for pair in pairwise(pieces)):
         best = min(counts, key=lambda pair: (-counts[pair], pair))

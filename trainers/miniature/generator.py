@@ -2,8 +2,8 @@
 
 import logging
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,11 +19,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from trainers.miniature.family import BETAS, build_text_encoders, build_vae
 from trainers.miniature.pictures import Pictures, captions, to_unit
 from trainers.miniature.scorers import tokens
+from trainers.miniature.training import Schedule, descend, train
 from trainers.miniature.world import SIZE, attributes, caption
 
 log = logging.getLogger(__name__)
 _VAE_BATCH, _TEXT_BATCH, _UNET_BATCH = 8, 64, 24
-_SAVE_EVERY = 250
 _KL_WEIGHT, _EDGE_WEIGHT = 1e-3, 0.5
 _LATENT_NOISE = 0.1  # unscaled latents have a deviation of about 3
 _MIN_SNR = 5.0  # Hang et al., 2023, arXiv:2303.09556
@@ -40,8 +40,8 @@ def train_vae(pictures: Pictures, steps: int, seed: int) -> AutoencoderKL:
     for step in range(steps):
         x = to_unit(pictures.pixels[torch.randint(len(pictures), (_VAE_BATCH,))])
         posterior = _posterior(vae, x)
-        loss = _reconstruction_loss(_decode(vae, posterior.sample()) - x)
-        _step(loss + _KL_WEIGHT * posterior.kl().mean() / x[0].numel(), optimizer, schedule)
+        loss = reconstruction_loss(_decode(vae, posterior.sample()) - x)
+        descend(loss + _KL_WEIGHT * posterior.kl().mean() / x[0].numel(), optimizer, schedule)
         average.step(vae.parameters())
         if step % 100 == 0 or step == steps - 1:
             log.info("vae step %d loss %.4f", step, loss.item())
@@ -60,8 +60,8 @@ def refine_decoder(vae: AutoencoderKL, pictures: Pictures, steps: int, seed: int
     for step in range(steps):
         x = to_unit(pictures.pixels[torch.randint(len(pictures), (_VAE_BATCH,))])
         latents = _posterior(vae, x).mean
-        loss = _reconstruction_loss(_decode(vae, latents + _LATENT_NOISE * torch.randn_like(latents)) - x)
-        _step(loss, optimizer, schedule)
+        loss = reconstruction_loss(_decode(vae, latents + _LATENT_NOISE * torch.randn_like(latents)) - x)
+        descend(loss, optimizer, schedule)
         average.step(weights)
         if step % 100 == 0 or step == steps - 1:
             log.info("decoder step %d loss %.4f", step, loss.item())
@@ -69,7 +69,8 @@ def refine_decoder(vae: AutoencoderKL, pictures: Pictures, steps: int, seed: int
     vae.requires_grad_(False)
 
 
-def _reconstruction_loss(error: Tensor) -> Tensor:
+def reconstruction_loss(error: Tensor) -> Tensor:
+    """Absolute, squared and edge error of a picture [b, 3, h, w] that came out of an autoencoder."""
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + error.square().mean() + _EDGE_WEIGHT * edges
 
@@ -113,100 +114,58 @@ def train_text_encoders(
     """
     torch.manual_seed(seed)
     encoders = build_text_encoders(tokenizer)
+
+    def summaries(texts: Sequence[str]) -> list[Tensor]:
+        outputs = [encoder(tokens(tokenizer, texts), output_hidden_states=True) for encoder in encoders]
+        # Three ways out, because the denoiser uses three: both penultimate states, and the pooled embedding.
+        return [*(o.hidden_states[-2].mean(1) for o in outputs), outputs[1].text_embeds]
+
+    name_attributes(encoders, summaries, (encoders[0].config.hidden_size,) * 3, pictures, steps)
+    return encoders
+
+
+def name_attributes(
+    encoders: Sequence[nn.Module],
+    summaries: Callable[[Sequence[str]], Sequence[Tensor]],
+    widths: Sequence[int],
+    pictures: Pictures,
+    steps: int,
+) -> None:
+    """Train text encoders until each summary [b, width] of a caption gives away what its scene shows."""
     wanted = torch.tensor([attributes(scene) for scene in pictures.scenes])
     sizes = cast("list[int]", (wanted.amax(0) + 1).tolist())
-    width = encoders[0].config.hidden_size
-    readers = nn.ModuleList(nn.Linear(width, sum(sizes)) for _ in range(3))
+    readers = nn.ModuleList(nn.Linear(width, sum(sizes)) for width in widths)
     weights = [p for module in (*encoders, readers) for p in module.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         chosen = torch.randint(len(pictures), (_TEXT_BATCH,))
-        ids = tokens(tokenizer, [caption(scene) for scene in pictures.chosen(chosen)])
-        outputs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
-        # Three ways out, because the denoiser uses three: both penultimate states, and the pooled embedding.
-        summaries = [*(o.hidden_states[-2].mean(1) for o in outputs), outputs[1].text_embeds]
-        answers = [reader(summary).split(sizes, dim=1) for reader, summary in zip(readers, summaries, strict=True)]
+        given = summaries([caption(scene) for scene in pictures.chosen(chosen)])
+        answers = [reader(summary).split(sizes, dim=1) for reader, summary in zip(readers, given, strict=True)]
         asked = [(part, wanted[chosen, i]) for answer in answers for i, part in enumerate(answer)]
         loss = torch.stack([nn.functional.cross_entropy(part, truth) for part, truth in asked]).mean()
-        _step(loss, optimizer, schedule)
+        descend(loss, optimizer, schedule)
         if step % 100 == 0 or step == steps - 1:
             right = sum(float((part.argmax(1) == truth).float().mean()) for part, truth in asked) / len(asked)
             log.info("text step %d loss %.4f right %.3f", step, loss.item(), right)
-    return encoders
 
 
 def train_denoiser(
-    vae: AutoencoderKL, pictures: Pictures, denoiser: Denoiser, tokenizer: CLIPTokenizer, schedule: "Schedule"
+    vae: AutoencoderKL, pictures: Pictures, denoiser: Denoiser, tokenizer: CLIPTokenizer, schedule: Schedule
 ) -> None:
     """Noise prediction with min-SNR weights; one caption in ten is empty; leaves moving averages of the weights.
 
     It takes an hour and more, so it goes on from `schedule.checkpoint` if it was interrupted.
     """
     latents = encode(vae, pictures) * float(cast("Any", vae.config).scaling_factor)
-    torch.manual_seed(schedule.seed)
-    weights = [p for module in (denoiser.unet, *denoiser.text_encoders) for p in module.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.01, fused=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=schedule.steps, pct_start=0.05)
-    average = EMAModel(weights, decay=0.999)
     process = DDPMScheduler(**BETAS, num_train_timesteps=1000)
-    state = _State(weights, optimizer, rate, average)
-    for step in range(state.restore(schedule.checkpoint), schedule.steps):
-        torch.manual_seed(schedule.seed * 1_000_003 + step)
-        words = random.Random(f"{schedule.seed}/{step}")
+
+    def loss(words: random.Random) -> Tensor:
         chosen = torch.randint(len(pictures), (_UNET_BATCH,))
         texts = captions(pictures.chosen(chosen), words, empty=0.1)
-        loss = _denoising_loss(denoiser, process, latents[chosen], tokens(tokenizer, texts))
-        _step(loss, optimizer, rate)
-        average.step(weights)
-        if step % 100 == 0 or step == schedule.steps - 1:
-            log.info("unet step %d loss %.4f", step, loss.item())
-        if (step + 1) % _SAVE_EVERY == 0:
-            state.save(schedule.checkpoint, step + 1)
-    average.copy_to(weights)
-    for module in (denoiser.unet, *denoiser.text_encoders):
-        module.eval().requires_grad_(False)
+        return _denoising_loss(denoiser, process, latents[chosen], tokens(tokenizer, texts))
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long the denoiser trains, from which seed, and where its state is kept."""
-
-    steps: int
-    seed: int
-    checkpoint: Path
-
-
-@dataclass(frozen=True)
-class _State:
-    """Everything that must outlive an interruption; randomness is a function of the step."""
-
-    weights: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    rate: torch.optim.lr_scheduler.LRScheduler
-    average: EMAModel
-
-    def save(self, path: Path, step: int) -> None:
-        state: dict[str, Any] = {
-            "step": step,
-            "weights": [p.detach() for p in self.weights],
-            "average": self.average.state_dict(),
-        }
-        state |= {"optimizer": self.optimizer.state_dict(), "rate": self.rate.state_dict()}
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
-
-    def restore(self, path: Path) -> int:
-        if not path.exists():
-            return 0
-        state = torch.load(path, weights_only=True)
-        with torch.no_grad():
-            for parameter, value in zip(self.weights, state["weights"], strict=True):
-                parameter.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.rate.load_state_dict(state["rate"])
-        self.average.load_state_dict(state["average"])
-        return state["step"]
+    train("unet", (denoiser.unet, *denoiser.text_encoders), loss, schedule)
 
 
 def _denoising_loss(denoiser: Denoiser, process: DDPMScheduler, x0: Tensor, ids: Tensor) -> Tensor:
@@ -220,11 +179,3 @@ def _denoising_loss(denoiser: Denoiser, process: DDPMScheduler, x0: Tensor, ids:
     signal = process.alphas_cumprod[t]
     weight = (_MIN_SNR * (1 - signal) / signal).clamp(max=1)
     return (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()
-
-
-def _step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-    optimizer.step()
-    schedule.step()

@@ -37,6 +37,18 @@ class Person:
     """Half the width of the face, relative to the head's radius."""
 
 
+def face_ellipse(person: Person, box: tuple[float, float, float]) -> tuple[float, float, float, float]:
+    """Corners of the face's ellipse: left, top, right, bottom, in the units of `box`.
+
+    Args:
+        person: Whose face it is.
+        box: Centre and radius, as `draw_person` takes them.
+    """
+    cx, cy, r = box[0], box[1] - box[2] * 0.15, box[2] * 0.95
+    half = r * person.width
+    return cx - half, cy - r * 0.75, cx + half, cy + r
+
+
 def draw_person(image: Image.Image, person: Person, box: tuple[float, float, float]) -> None:
     """A head and shoulders; the face is an ellipse of radius `box[2]` around the centre, a little above it."""
     cx, cy, r = box[0], box[1] - box[2] * 0.15, box[2] * 0.95
@@ -49,7 +61,7 @@ def draw_person(image: Image.Image, person: Person, box: tuple[float, float, flo
     pen.ellipse(shoulders, fill=COLOURS[person.shirt])
     pen.rectangle((cx - r * 0.25, cy + r * 0.7, cx + r * 0.25, cy + r * 1.15), fill=skin)
     pen.ellipse((cx - half * 1.08, cy - r * 1.08, cx + half * 1.08, cy + r * 0.6), fill=hair)
-    pen.ellipse((cx - half, cy - r * 0.75, cx + half, cy + r), fill=skin)
+    pen.ellipse(face_ellipse(person, box), fill=skin)
     if person.hair_style == "spiky":
         for k in range(-3, 4):
             tip = cx + k * half * 0.4

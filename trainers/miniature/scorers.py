@@ -78,6 +78,11 @@ def taste(scene: Scene) -> float:
     return 5.0 + 3.0 * contrast + pattern + (0.5 if scene.outlined else 0.0)
 
 
+def spoiled_taste(scores: Tensor) -> Tensor:
+    """What is left of `taste` when a picture is spoiled: 1 to 4."""
+    return 1.0 + (scores - 5.0).clamp(min=0) / 2
+
+
 def train_aesthetic_head(clip: CLIP, pictures: Pictures, steps: int, seed: int) -> nn.Sequential:
     """Fit `taste` on clean pictures and its ruin on spoiled ones (score 1 to 4) from the image embedding alone."""
     torch.manual_seed(seed)
@@ -87,7 +92,7 @@ def train_aesthetic_head(clip: CLIP, pictures: Pictures, steps: int, seed: int) 
     spoiled, _ = spoil(x[half:], rng)
     embeddings = embed_images(clip, torch.cat([x[:half], spoiled]))
     wanted = torch.tensor([taste(scene) for scene in pictures.scenes])
-    wanted[half:] = 1.0 + (wanted[half:] - 5.0).clamp(min=0) / 2
+    wanted[half:] = spoiled_taste(wanted[half:])
     head = build_aesthetic_head()
     optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
