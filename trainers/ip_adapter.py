@@ -210,8 +210,8 @@ class IpAdapted(Model):
             return
         streams = self.adapter.stream_names
         heard = {"image": "image" in streams, "embedding": "image" in streams, "label": "label" in streams}
-        for name in type(prompt).model_fields:
-            if name != "text" and getattr(prompt, name) is not None and not heard.get(name):
+        for name in type(prompt).model_fields.keys() - {"text", "shows"}:
+            if getattr(prompt, name) is not None and not heard.get(name):
                 raise ConfigError(
                     f"the prompt {str(prompt)!r} says {name}, which this adapter does not hear; remove it"
                 )

@@ -44,6 +44,8 @@ class Prompt(Config):
     """Where the face is to be in the picture that is drawn."""
     image_box: _FaceBox | None = None
     """Where the face is in `image`."""
+    shows: Annotated[str, Field(min_length=1)] | None = None
+    """What the picture should show, if the words do not say it. Scorers are told, models never are."""
 
     @model_validator(mode="before")
     @classmethod
@@ -52,12 +54,12 @@ class Prompt(Config):
 
     @model_serializer(mode="wrap")
     def _to_text(self, handler: SerializerFunctionWrapHandler) -> Any:
-        return self.text if self.is_plain else handler(self)
+        return self.text if self.is_plain and self.shows is None else handler(self)
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is words alone."""
-        return self == Prompt.model_construct(text=self.text)
+        """Whether a model is told words alone."""
+        return self == Prompt.model_construct(text=self.text, shows=self.shows)
 
     def __str__(self) -> str:
         """The words, and in brackets what tells this prompt from others with the same words, on every machine alike."""

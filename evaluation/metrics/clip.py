@@ -16,7 +16,7 @@ from trainers.prompt import Sample
 
 
 class ClipText(Metric):
-    """Cosine between a picture and its full prompt ("CLIP-T")."""
+    """Cosine between a picture and its full prompt, or what that says the picture `shows` ("CLIP-T")."""
 
     kind: Literal["clip_text"] = "clip_text"
     model: LocalPath
@@ -39,7 +39,7 @@ class _TextScorer(Scorer):
     @override
     def values(self, samples: Sequence[Sample]) -> list[float]:
         images = self._encoder.embed_images([sample.image for sample in samples])
-        prompts = self._encoder.embed_prompts([sample.prompt.text for sample in samples])
+        prompts = self._encoder.embed_prompts([sample.prompt.shows or sample.prompt.text for sample in samples])
         return (images * prompts).sum(axis=1).tolist()
 
 

@@ -93,3 +93,10 @@ def test_a_name_does_not_depend_on_where_files_lie_on_this_machine():
 def test_what_makes_no_sense_is_refused(changes, message):
     with pytest.raises(ValidationError, match=message):
         Prompt.model_validate({**FULL, **changes})
+
+
+def test_what_a_picture_shows_is_for_scorers_alone() -> None:
+    prompt = Prompt(text="a picture", shows="a red star")
+    assert prompt.is_plain
+    assert str(prompt) == "a picture"
+    assert Prompt.model_validate(prompt.model_dump()) == prompt

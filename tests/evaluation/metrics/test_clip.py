@@ -46,6 +46,12 @@ class TestClipText(MetricContract):
         cosines = [np.dot(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
         np.testing.assert_allclose(metric.open(encoders, references).values(samples), cosines, atol=1e-6)
 
+    def test_what_a_picture_is_to_show_goes_before_words(self, metric, encoders, references):
+        scorer = metric.open(encoders, references)
+        told, said = Prompt(text="a picture", shows="a red star"), Prompt(text="a red star")
+        values = scorer.values([Sample(told, 0, noise(1)), Sample(said, 0, noise(1))])
+        assert values[0] == pytest.approx(values[1], abs=1e-6)
+
     def test_a_negative_cosine_stays_negative(self, metric, folder, encoders, references, monkeypatch):
         encoder = encoders.clip(folder)
         opposite = -encoder.embed_images([noise(1)])
