@@ -339,28 +339,3 @@ def test_a_kernel_that_cannot_serve_is_refused_before_the_first_step(train, tmp_
 def test_the_logged_rate_is_the_one_in_effect(train):
     _, run = train(optimizer={"kind": "prodigy", "d0": 1e-4}, schedule={"kind": "constant", "warmup_steps": 3})
     assert [event["lr"] for event in events(run, "train")] == [pytest.approx(1e-4 * factor) for factor in (1 / 3, 1, 1)]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"optimizer": {"kind": "schedule_free"}}, "averages in place of a falling"),
-        ({**AVERAGED["schedule_free"], "ema": {}}, "ema with an optimizer that averages"),
-        ({"weak_fraction": 0.01}, "weak_fraction 0.01 of 6 steps is step 0"),
-        ({"weak_fraction": 0.99}, "is step 6; expected one between the first and the last"),
-        ({"validation": {}}, "validation needs captioned pictures"),
-        ({"samples": {**SAMPLES, "seeds": [1, 1]}}, "listed twice"),
-        ({"optimizer": {"kind": "prodigy"}, "text_encoder_lora": {"rank": 2}}, "set every lr_scale to 1"),
-        ({"attention": "fast"}, "Input should be 'auto'"),
-        ({"optimizer": {"kind": "sgd"}}, "unknown kind 'sgd'"),
-    ],
-)
-def test_options_that_make_no_sense_together_are_refused(make_config, changes, message):
-    with pytest.raises(ValueError, match=message):
-        make_config(**changes)
-
-
-def test_a_package_that_is_not_installed_is_named_before_the_model_is_read(make_config, monkeypatch):
-    monkeypatch.setattr("trainers.optim.find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match="prodigyopt is not installed"):
-        make_config(optimizer={"kind": "prodigy"}, backbone={"kind": "sdxl", "path": "/nowhere"}).check()

@@ -1,71 +1,24 @@
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from PIL import Image, ImageDraw
 
-from tests.contracts.method import MethodContract, load_state, weights
+from tests.contracts.method import MethodContract, weights
 from tests.trainers.conftest import build_pictures
+from tests.trainers.subjects import INVERTED, PRIOR, SECTIONS, batch_of, combination, masks_in, only_picture
 from trainers.adapters.queries import call_with_queries
 from trainers.batch import Batch
-from trainers.data.transforms import open_picture
-from trainers.errors import ConfigError, DataError, ModelError
 from trainers.inversion import invert
 from trainers.loop import fit
 from trainers.rundir import RunDir
 
-PRIOR = {"prompt": "a star", "count": 2, "steps": 2}
-SIZE = (80, 64)
-INVERTED = {"kind": "inverted", "steps": 4}
-SECTIONS = {"instance": {}, "prior": PRIOR, "pdm": {"prompt": "a star", "weight": 0.5}}
-
-
-def combination(*names):
-    """The sections of a study in which these losses are used, and no other."""
-    return {name: section if name in names else None for name, section in SECTIONS.items()}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Pictures of a subject, their captions, and masks in a folder of its own."""
-    build_pictures(tmp_path / "subject", 3)
-    (tmp_path / "masks").mkdir()
-    for file in (tmp_path / "subject").glob("*.png"):
-        mask = Image.new("L", SIZE)
-        ImageDraw.Draw(mask).ellipse((5 + int(file.stem), 5, 40, 40), fill=255)
-        mask.save(tmp_path / "masks" / file.name)
-    return tmp_path
-
-
-@pytest.fixture
-def make(make_config, folder):
-    def build(**changes):
-        data = {"kind": "folder", "path": str(folder / "subject"), "resolution": 64}
-        return make_config(**{"kind": "pdmbooth", "data": data, **changes})
-
-    return build
-
-
-def masks_in(folder):
-    return {"kind": "folder", "path": str(folder / "masks")}
-
-
-def only_picture(folder):
-    """A subject of one picture, so that the first four rows are of all kinds."""
-    for number in (1, 2):
-        (folder / "subject" / f"{number}.png").unlink()
-
 
 class TestAllThreeWithMasks(MethodContract):
     @pytest.fixture
-    def config(self, make, folder):
+    def config(self, make_pdmbooth, folder):
         only_picture(folder)
-        return make(
+        return make_pdmbooth(
             instance={"masked": True}, prior=PRIOR, pdm={"prompt": "a star", "masked": True}, masks=masks_in(folder)
         )
 
@@ -75,8 +28,10 @@ class TestAllThreeWithMasks(MethodContract):
 
 class TestEveryWeightAndInvertedTargets(MethodContract):
     @pytest.fixture
-    def config(self, make):
-        return make(lora=None, pdm={"target": INVERTED, "weight": 0.5}, optimizer={"kind": "adamw", "lr": 1e-3})
+    def config(self, make_pdmbooth):
+        return make_pdmbooth(
+            lora=None, pdm={"target": INVERTED, "weight": 0.5}, optimizer={"kind": "adamw", "lr": 1e-3}
+        )
 
     def test_micro_batches_do_not_change_the_mathematics(self):
         pytest.skip("Adam turns rounding of tiny gradients into whole steps; adapters show the same")
@@ -93,26 +48,12 @@ class TestEveryWeightAndInvertedTargets(MethodContract):
 
 class TestMatchingAlone(MethodContract):
     @pytest.fixture
-    def config(self, make, folder):
+    def config(self, make_pdmbooth, folder):
         build_pictures(folder / "subject", 4)
-        return make(**combination("pdm"), text_encoder_lora={"rank": 2})
+        return make_pdmbooth(**combination("pdm"), text_encoder_lora={"rank": 2})
 
     def test_export_writes_no_frozen_weight(self):
         pytest.skip("adapters that act after the queries are saved as they began: without effect")
-
-
-@pytest.fixture
-def build(make, accelerator, folder):
-    def method(cache=None, seed=0, **changes):
-        return make(**changes).build(seed, cache, accelerator)
-
-    return method
-
-
-def batch_of(method, size, step=0):
-    """The rows that the loop would show."""
-    places = tuple(range(size))
-    return Batch(step, places, tuple(method.pick(step, step * size + place) for place in places))
 
 
 def role_of(method, index):
@@ -133,8 +74,8 @@ def shake(method):
 
 
 @pytest.mark.parametrize("names", [c for n in (1, 2, 3) for c in itertools.combinations(SECTIONS, n)], ids="+".join)
-def test_every_combination_of_losses_trains(make, accelerator, tmp_path, names):
-    config = make(**combination(*names), steps=2, batch_size=3)
+def test_every_combination_of_losses_trains(make_pdmbooth, accelerator, tmp_path, names):
+    config = make_pdmbooth(**combination(*names), steps=2, batch_size=3)
     method = config.build(0, None, accelerator)
     assert {role_of(method, index) for index in batch_of(method, 6).indices} == set(names)
     before = weights(method)
@@ -260,8 +201,8 @@ def base_queries(config, method, x_t, t, prompt, picture):
 
 @pytest.mark.parametrize("lora", [{"rank": 4}, None])
 @pytest.mark.parametrize(("prompt", "told"), [("a star", "a star"), (None, "a zog number 1")])
-def test_the_teacher_never_learns(make, accelerator, tmp_path, lora, prompt, told):
-    config = make(lora=lora, pdm={"prompt": prompt}, text_encoder_lora={"rank": 2})
+def test_the_teacher_never_learns(make_pdmbooth, accelerator, tmp_path, lora, prompt, told):
+    config = make_pdmbooth(lora=lora, pdm={"prompt": prompt}, text_encoder_lora={"rank": 2})
     method = config.build(0, None, accelerator)
     fit(method, config, RunDir(tmp_path / "run"), accelerator)
     batch = Batch(0, (0,), (method._rows["pdm"].start + 1,))
@@ -275,10 +216,10 @@ def test_the_teacher_never_learns(make, accelerator, tmp_path, lora, prompt, tol
 
 @pytest.mark.parametrize("backbone", ["sdxl_folder", "v_prediction_folder"])
 def test_an_inverted_target_is_the_query_on_the_way_to_the_picture_at_the_rows_timestep(
-    make, accelerator, request, backbone
+    make_pdmbooth, accelerator, request, backbone
 ):
     path = request.getfixturevalue(backbone)
-    config = make(backbone={"kind": "sdxl", "path": str(path)}, pdm={"target": INVERTED, "prompt": "a star"})
+    config = make_pdmbooth(backbone={"kind": "sdxl", "path": str(path)}, pdm={"target": INVERTED, "prompt": "a star"})
     method = config.build(0, None, accelerator)
     base = config.backbone.load(torch.device("cpu"), torch.float32)
     batch = matching_rows(method)
@@ -332,149 +273,3 @@ def test_a_band_of_timesteps_holds_for_matching_alone(build):
     assert noised.t[matched].max() == 120
     expected = method.backbone.process.add_noise(noised.x0, noised.noise, noised.t)
     assert torch.equal(noised.x_t, expected)
-
-
-def test_errors_outside_the_mask_do_not_count(build, folder, monkeypatch):
-    masked = build(instance={"masked": True}, pdm=None, masks=masks_in(folder))
-    batch = Batch(0, (0, 1), (0, 1))
-    hidden = masked._masks[[0, 1]] == 0
-    assert 0 < hidden.float().mean() < 1
-    before = masked.losses(batch)
-    denoise = masked.backbone.denoise
-    monkeypatch.setattr(masked.backbone, "denoise", lambda *told: denoise(*told) + 100 * hidden)
-    torch.testing.assert_close(masked.losses(batch), before)
-    monkeypatch.setattr(masked.backbone, "denoise", lambda *told: denoise(*told) + 100 * ~hidden)
-    assert (masked.losses(batch) > 10 * before).all()
-
-
-def test_masks_that_are_white_all_over_change_nothing(build, folder):
-    for file in (folder / "masks").iterdir():
-        Image.new("L", SIZE, "white").save(file)
-    sections = {"instance": {"masked": True}, "pdm": {"masked": True, "prompt": "a star"}}
-    masked = build(**sections, masks=masks_in(folder))
-    plain = build(pdm={"prompt": "a star"})
-    batch = batch_of(plain, 6)
-    with torch.no_grad():
-        torch.testing.assert_close(masked.losses(batch), plain.losses(batch))
-
-
-def test_class_pictures_can_be_masked_by_a_source_that_finds_masks(build, folder, tmp_path, monkeypatch):
-    asked = []
-
-    def find(self, examples, frozen):
-        asked.append([example.path.parent.name for example in examples])
-        masks = [open_picture(example.path).convert("L").point(lambda _: 0) for example in examples]
-        for mask in masks:
-            ImageDraw.Draw(mask).rectangle((10, 10, 30, 30), fill="white")
-        return masks
-
-    monkeypatch.setattr("trainers.masks.SamMasks.find", find)
-    sam = {"kind": "sam", "path": str(folder)}
-    method = build(tmp_path / "cache", prior={**PRIOR, "masked": True}, pdm={"masked": True}, masks=sam)
-    assert sorted(map(len, asked)) == [2, 3]
-    assert (method._masks[list(method._rows["instance"])] == 1).all()
-    assert (method._masks[[*method._rows["prior"], *method._rows["pdm"]]] == 0).any()
-    with pytest.raises(ConfigError, match="without a cache"):
-        build(prior={**PRIOR, "masked": True}, masks=sam)
-
-
-def test_the_subjects_folders_are_only_read(build, folder, tmp_path):
-    def contents():
-        return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and "cache" not in file.parts}
-
-    before = contents()
-    options = {"prior": PRIOR, "pdm": {"target": INVERTED, "masked": True}, "masks": masks_in(folder)}
-    build(tmp_path / "cache", **options)
-    assert contents() == before
-
-
-def test_what_is_held_out_is_judged_by_the_denoising_loss(make, accelerator, folder, tmp_path):
-    data = {"kind": "folder", "path": str(folder / "subject"), "resolution": 64, "holdout": 1}
-    options = {"data": data, "validation": {"every": 3, "draws": 2}}
-    losses = []
-    for sections in ({"pdm": None}, combination(*SECTIONS), {**combination("prior", "pdm")}):
-        config = make(**options, **sections, optimizer={"kind": "adamw", "lr": 1e-9}, schedule={"kind": "constant"})
-        run = RunDir(tmp_path / str(len(losses)))
-        fit(config.build(0, None, accelerator), config, run, accelerator)
-        losses.append([event["loss"] for _, event in run.read_events() if event["event"] == "validation"])
-    assert len(losses[0]) == 2
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
-
-
-def test_frozen_weights_may_be_bfloat16(make, tmp_path):
-    from accelerate.state import AcceleratorState
-
-    from trainers.train import build_accelerator
-
-    config = make(**combination(*SECTIONS), precision="bf16")
-    try:
-        accelerator = build_accelerator(config)
-        method = config.build(0, None, accelerator)
-        before = weights(method)
-        fit(method, config, RunDir(tmp_path / "run"), accelerator)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    assert all(not torch.equal(value, before[name]) for name, value in weights(method).items())
-
-
-_JOB = """
-import sys
-from pathlib import Path
-import trainers.methods
-from trainers.method import MethodConfig
-from trainers.rundir import RunDir
-from trainers.train import build_accelerator, train
-config = MethodConfig.model_validate_json(Path(sys.argv[1]).read_text())
-train(config, RunDir(Path(sys.argv[2])), 0, Path(sys.argv[3]), build_accelerator(config))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_with_different_losses_train_what_one_does(make, tmp_path):
-    """With two rows, one process has the subject's row alone and the other the row of matching."""
-    config = make(pdm={"prompt": "a star"}, batch_size=2)
-    (tmp_path / "job.py").write_text(_JOB)
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    runs = [RunDir(tmp_path / f"run{processes}") for processes in (1, 2)]
-    for processes, run in enumerate(runs, 1):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        job = [*launcher, tmp_path / "job.py", tmp_path / "config.json", run.path, tmp_path / "cache"]
-        environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run([sys.executable, *map(str, job)], env=environment, check=True, timeout=500)
-    one, two = (load_state(run)["parameters"] for run in runs)
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (combination(), "all null"),
-        ({**combination("pdm"), "pdm": {}}, "compares the model with itself"),
-        ({"instance": {"masked": True}}, "instance.masked is true and masks is null"),
-        ({"masks": {"kind": "folder", "path": "/m"}}, "no loss is masked"),
-        ({"prior": {**PRIOR, "masked": True}, "masks": {"kind": "folder", "path": "/m"}}, "source that finds them"),
-        ({"compile_blocks": True}, "hides the queries"),
-        ({"pdm": {"weight": 0}}, "greater than 0"),
-        ({"pdm": {"target": {"kind": "inverted", "steps": 0}}}, "greater than 0"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(make, changes, message):
-    with pytest.raises(ValueError, match=message):
-        make(**changes)
-
-
-def test_a_layer_that_does_not_exist_is_found_before_training(make):
-    with pytest.raises(ModelError, match=r"'mid_block\.attn9' is not an attention layer"):
-        make(pdm={"layer": "mid_block.attn9"}).check()
-
-
-def test_an_empty_mask_is_found_before_training(make, folder):
-    Image.new("L", SIZE).save(folder / "masks" / "1.png")
-    with pytest.raises(DataError, match=r"masks/1\.png: the mask is empty"):
-        make(instance={"masked": True}, masks=masks_in(folder)).check()
-
-
-def test_a_sound_study_passes_its_check(make, folder):
-    make(prior=PRIOR, pdm={"masked": True, "target": INVERTED}, masks=masks_in(folder)).check()
