@@ -46,10 +46,11 @@ _INVERTED = {"target": {"kind": "inverted", "steps": 50}, **_CLASS}
 VARIANTS: Mapping[str, dict[str, Any] | None] = {
     "no matching": None,
     "same latent, own prompt, weight 10": {"weight": 10.0},
-    "inverted, class prompt, weight 1": {"weight": 1.0, **_INVERTED},
-    "same latent, class prompt, weight 10": {"weight": 10.0, **_CLASS},
+    "same latent, own prompt, weight 1": {"weight": 1.0},
     "inverted, class prompt, weight 0.05": {"weight": 0.05, **_INVERTED},
-    "inverted, class prompt, weight 1, t < 500": {"weight": 1.0, **_INVERTED, "timesteps": (0, 499)},
+    "same latent, class prompt, weight 1": {"weight": 1.0, **_CLASS},
+    "inverted, class prompt, weight 0.3": {"weight": 0.3, **_INVERTED},
+    "inverted, class prompt, weight 0.3, t < 500": {"weight": 0.3, **_INVERTED, "timesteps": (0, 499)},
 }
 """The inverted latents under the class's prompt are the published choice, 0.05 its weight for LoRA."""
 MEASURES = {

@@ -85,7 +85,7 @@ class SdxlConfig(UnetConfig):
             (self.base_adapter, (LORA_FILE,)),
         ):
             if folder and not any((folder / file).is_file() for file in files):
-                raise ModelError(f"{folder}: no {' nor '.join(files)}; expected the adapter of a finished trial")
+                raise ModelError(f"{folder}: neither {' nor '.join(files)}; expected the adapter of a finished trial")
 
     @property
     def base(self) -> SdxlConfig:
