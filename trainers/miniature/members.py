@@ -32,7 +32,7 @@ STEPS = {
     "gemma": 400,
     "dc_ae": 500,
     "sana": 1300,
-    "refiner": 350,
+    "refiner": 400,
     "face": 400,
     "photomaker": 1000,
 }
@@ -117,7 +117,7 @@ def make_refiner(making: Making) -> Quality:
     teacher = Teacher.load(making.folder)
     data = refiner.rated(teacher, making.pictures(1600), making.seed)
     unet = refiner.from_base(teacher, making.seed)
-    refiner.train_refiner(data, unet, teacher, making.schedule("refiner", STEPS["refiner"], 1e-3))
+    refiner.train_refiner(data, unet, teacher, making.schedule("refiner", STEPS["refiner"], 1.5e-3))
     refiner.save_refiner(making.folder / "refiner", unet)
     saved = checks.load(making.folder / "refiner", unet=UNet2DConditionModel)["unet"]
     unseen = refiner.rated(teacher, making.unseen(), making.seed + 9)

@@ -2,7 +2,7 @@
 
 It listens to the second text encoder alone, and is told the original size, the crop and an aesthetic score. The score
 means what it means to the aesthetic head: clean pictures have what people of this world find beautiful, 5 and more,
-spoiled ones 1 to 3.
+wholly spoiled ones 1 to 3.
 """
 
 import random
@@ -42,12 +42,17 @@ class Rated:
 
 
 def rated(teacher: Teacher, pictures: Pictures, seed: int) -> Rated:
-    """Spoil every second picture, encode and rate all."""
+    """Spoil every second picture, more or less, encode and rate all.
+
+    In between, noise hides whether a picture is spoiled: there the score has something to say.
+    """
     rng = torch.Generator().manual_seed(seed)
     x = to_unit(pictures.pixels)
     scores = torch.tensor([taste(scene) for scene in pictures.scenes])
-    x[1::2], _ = spoil(x[1::2], rng)
-    scores[1::2] = spoiled_taste(scores[1::2])
+    degree = torch.rand(len(x[1::2]), generator=rng) * 0.9 + 0.1
+    spoiled, _ = spoil(x[1::2], rng)
+    x[1::2] = x[1::2].lerp(spoiled, degree.view(-1, 1, 1, 1))
+    scores[1::2] = scores[1::2].lerp(spoiled_taste(scores[1::2]), degree)
     factor = float(cast("Any", teacher.vae.config).scaling_factor)
     seen = Pictures(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), pictures.scenes)
     return Rated(Latents(encode(teacher.vae, seen) * factor, pictures), scores)
@@ -127,11 +132,13 @@ def refining_errors(
 
 @torch.no_grad()
 def refiner_quality(unet: nn.Module, teacher: Teacher, data: Rated, seed: int) -> dict[str, float]:
-    """Losses on pictures it has not seen: with the right and with each other's scores, and the base's on the same."""
+    """Losses on pictures it has not seen: with right and with wrong scores, and the base's on the same."""
     texts = captions(data.latents.pictures.scenes, random.Random(seed))
     found: dict[str, float] = {}
-    scores = {"right": data.scores, "wrong_score": data.scores.roll(1)}
-    for name, said in scores.items():
+    # The other score is what the picture would have if it were clean or, if it is, wholly spoiled.
+    clean = torch.tensor([taste(scene) for scene in data.latents.pictures.scenes])
+    wrong = torch.where(torch.arange(len(clean)) % 2 == 0, spoiled_taste(clean), clean)
+    for name, said in {"loss_right": data.scores, "loss_wrong_score": wrong}.items():
         torch.manual_seed(seed)
         t = torch.randint(LAST_TIMESTEP + 1, (len(said),))
         found[name] = float(refining_errors(unet, teacher, (data.latents.x0, said), t, texts).mean())
@@ -139,7 +146,7 @@ def refiner_quality(unet: nn.Module, teacher: Teacher, data: Rated, seed: int) -
     t = torch.randint(LAST_TIMESTEP + 1, (len(texts),))
     noise = torch.randn_like(data.latents.x0)
     x_t = _PROCESS.add_noise(data.latents.x0, noise, cast("Any", t))
-    found["base"] = float((teacher.noise(x_t, t, texts) - noise).square().mean())
+    found["loss_base"] = float((teacher.noise(x_t, t, texts) - noise).square().mean())
     return {name: round(value, 5) for name, value in found.items()}
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from trainers.miniature.family import build_tokenizer
+from trainers.miniature.family import build_tokenizer, build_vae
 from trainers.miniature.scorers import tokens
 from trainers.miniature.world import SIZE
 
@@ -39,7 +39,12 @@ class Teacher:
             return model.eval().requires_grad_(False)
 
         encoders = network(CLIPTextModel, "text_encoder"), network(CLIPTextModelWithProjection, "text_encoder_2")
-        return cls(network(AutoencoderKL, "vae"), network(UNet2DConditionModel, "unet"), encoders, build_tokenizer())
+        found, vae = network(AutoencoderKL, "vae"), build_vae()
+        # A new one, since what was read remembers from where, and would write that wherever it is saved.
+        vae.load_state_dict(found.state_dict())
+        vae.register_to_config(scaling_factor=found.config.scaling_factor)
+        vae.eval().requires_grad_(False)
+        return cls(vae, network(UNet2DConditionModel, "unet"), encoders, build_tokenizer())
 
     @torch.no_grad()
     def noise(
