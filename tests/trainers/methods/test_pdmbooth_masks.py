@@ -77,9 +77,7 @@ def test_what_is_held_out_is_judged_by_the_denoising_loss(make_pdmbooth, acceler
     options = {"data": data, "validation": {"every": 3, "draws": 2}, "schedule": {"kind": "constant"}}
     losses = []
     for sections in ({"pdm": None}, combination(*SECTIONS), {**combination("prior", "pdm")}):
-        config = make_pdmbooth(
-            **options, **sections, optimizer={"kind": "adamw", "lr": 1e-9}, schedule={"kind": "constant"}
-        )
+        config = make_pdmbooth(**options, **sections, optimizer={"kind": "adamw", "lr": 1e-9})
         run = RunDir(tmp_path / str(len(losses)))
         fit(config.build(0, None, accelerator), config, run, accelerator)
         losses.append([event["loss"] for _, event in run.read_events() if event["event"] == "validation"])
