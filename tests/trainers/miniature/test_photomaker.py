@@ -26,7 +26,7 @@ def test_a_short_training_writes_a_checkpoint_in_the_published_layout(tmp_path):
     found = read_checkpoint(tmp_path / "photomaker.safetensors")
     encoder = IdEncoder.load(found.id_encoder, tmp_path)
     assert (encoder.sizes.face, encoder.sizes.width) == (64, 128)
-    assert any(name.startswith("unet.") and name.endswith("lora_B.weight") for name in found.lora_weights)
+    assert any(name.startswith("unet.") and name.endswith("lora.up.weight") for name in found.lora_weights)
     before = build_id_encoder(64, 128, 0).state_dict()
     changed = {
         name.split(".")[0]
