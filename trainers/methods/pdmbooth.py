@@ -17,8 +17,8 @@ from trainers.adapters.queries import call_with_queries, choose_layer
 from trainers.batch import Batch, Stream, shuffled
 from trainers.config import Config
 from trainers.errors import ConfigError
-from trainers.masks import MaskSource, fit_masks
-from trainers.matching import PdmConfig, QueryMatching, query_losses
+from trainers.matching.losses import PdmConfig, QueryMatching, query_losses
+from trainers.matching.masks import MaskSource, fit_masks
 from trainers.method import Method, Trained
 from trainers.prior import PriorConfig
 from trainers.tuning import TunedConfig, export, tune

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from trainers.backbone import Condition, Model
     from trainers.batch import Batch
     from trainers.frozen import Images
-    from trainers.identities import Identities
-    from trainers.photomaker import People, PhotoMaker
+    from trainers.people.identities import Identities
+    from trainers.people.model import People, PhotoMaker
 
 _BRANCHES, _ENCODER = "branches.safetensors", "id_encoder.safetensors"
 
@@ -113,7 +113,7 @@ class PhotoMakerConfig(TunedConfig):
     def build(self, seed: int, cache: Path | None, accelerator: Accelerator) -> Method:
         from trainers.cache import Cache
         from trainers.frozen import Frozen, encode_images
-        from trainers.identities import identify
+        from trainers.people.identities import identify
 
         model = self.load_photomaker(self.backbone, init_seed(seed, 9), accelerator)
         frozen = Frozen(self.backbone, model.backbone, Cache(cache) if cache else None, accelerator)
@@ -142,7 +142,7 @@ class PhotoMakerConfig(TunedConfig):
         """
         from trainers.adapters.branched import install
         from trainers.adapters.photomaker import IdEncoder, fuse_lora, read_checkpoint
-        from trainers.photomaker import Options, PhotoMaker
+        from trainers.people.model import Options, PhotoMaker
 
         backbone = base.load(accelerator.device, self.frozen_dtype())
         checkpoint = read_checkpoint(self.photomaker)
@@ -245,7 +245,7 @@ class PhotoMakerMethod(Method):
         import torch
 
         from trainers.adapters.branched import box_mask
-        from trainers.photomaker import People
+        from trainers.people.model import People
 
         model, device = self.photomaker, self.backbone.device
         shape = self._images.moments.mean.shape[1:]

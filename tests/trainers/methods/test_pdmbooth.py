@@ -9,8 +9,8 @@ from tests.trainers.conftest import build_pictures
 from tests.trainers.subjects import INVERTED, PRIOR, SECTIONS, batch_of, combination, masks_in, only_picture
 from trainers.adapters.queries import call_with_queries
 from trainers.batch import Batch
-from trainers.inversion import invert
 from trainers.loop import fit
+from trainers.matching.inversion import invert
 from trainers.rundir import RunDir
 
 
@@ -245,7 +245,7 @@ def test_inversion_is_done_once_and_only_latents_are_kept(build, tmp_path, monke
     latents = len(files) - len(set((tmp_path / "plain").rglob("*.safetensors")))
     assert latents == 3
     assert max(file.stat().st_size for file in files) < 4 * 12 * 8 * 8 * 4 + 1000
-    monkeypatch.setattr("trainers.inversion.invert", None)
+    monkeypatch.setattr("trainers.matching.inversion.invert", None)
     warm = build(tmp_path / "cache", **options)
     with torch.no_grad():
         assert torch.equal(warm.losses(matching_rows(warm)), cold.losses(matching_rows(cold)))

@@ -52,7 +52,7 @@ def test_class_pictures_can_be_masked_by_a_source_that_finds_masks(build, folder
             ImageDraw.Draw(mask).rectangle((10, 10, 30, 30), fill="white")
         return masks
 
-    monkeypatch.setattr("trainers.masks.SamMasks.find", find)
+    monkeypatch.setattr("trainers.matching.masks.SamMasks.find", find)
     sam = {"kind": "sam", "path": str(folder)}
     method = build(tmp_path / "cache", prior={**PRIOR, "masked": True}, pdm={"masked": True}, masks=sam)
     assert sorted(map(len, asked)) == [2, 3]

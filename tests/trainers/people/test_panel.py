@@ -6,7 +6,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from trainers.errors import DataError
-from trainers.panel import PanelFiles, main, read_panel
+from trainers.people.panel import PanelFiles, main, read_panel
 from trainers.prompt import Prompt
 
 

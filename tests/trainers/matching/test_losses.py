@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from trainers.errors import ModelError
-from trainers.matching import PdmConfig, query_losses
-from trainers.teacher import Trajectories
+from trainers.matching.losses import PdmConfig, query_losses
+from trainers.matching.teacher import Trajectories
 
 
 def rand(*shape, seed=0):

@@ -11,7 +11,7 @@ from trainers.cache import Cache, hash_file
 from trainers.data.transforms import crop_square, open_picture
 from trainers.errors import DataError, ModelError
 from trainers.frozen import Frozen
-from trainers.masks import FolderMasks, SamMasks, fit_masks, shrink
+from trainers.matching.masks import FolderMasks, SamMasks, fit_masks, shrink
 
 SIZE = (100, 64)
 BOX = (30, 10, 69, 49)
@@ -253,7 +253,7 @@ def test_sam_is_freed_when_its_masks_are_found(sam_folder, frozen, tmp_path, mon
 
 
 def test_a_picture_in_which_sam_finds_nothing_is_named(sam_folder, frozen, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainers.masks._Sam.__call__", lambda *_: torch.zeros(64, 100, dtype=torch.bool))
+    monkeypatch.setattr("trainers.matching.masks._Sam.__call__", lambda *_: torch.zeros(64, 100, dtype=torch.bool))
     with pytest.raises(DataError, match=r"0\.png: Segment Anything finds nothing at \(\(0\.5, 0\.5\),\)"):
         SamMasks(path=sam_folder).find(pictures_of(tmp_path / "p", 1), frozen)
 

@@ -1,4 +1,4 @@
-"""A validation set of references x prompts as a list of prompts: `python -m trainers.panel PHOTOS PROMPTS -o FILE`.
+"""A validation set of references x prompts as prompts: `python -m trainers.people.panel PHOTOS PROMPTS -o FILE`.
 
 The file that it writes is a fragment for `extends:` of a study; the study's `seeds` are the third factor.
 """
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     import yaml
 
-    parser = argparse.ArgumentParser(prog="python -m trainers.panel", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m trainers.people.panel", description=__doc__)
     for name in ("photos", "prompts"):
         parser.add_argument(name, type=Path)
     for name in ("--classes", "--boxes", "--output"):

@@ -10,8 +10,8 @@ from pydantic import NonNegativeInt, PositiveFloat, model_validator
 from trainers.adapters.queries import choose_layer
 from trainers.config import Config
 from trainers.errors import ModelError
-from trainers.masks import shrink
-from trainers.teacher import QueryTarget, SameLatent, Teacher
+from trainers.matching.masks import shrink
+from trainers.matching.teacher import QueryTarget, SameLatent, Teacher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

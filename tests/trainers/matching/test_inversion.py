@@ -4,7 +4,7 @@ from diffusers import DDIMScheduler
 
 from trainers.diffusion import Diffusion
 from trainers.errors import ConfigError
-from trainers.inversion import invert
+from trainers.matching.inversion import invert
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 X0 = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))

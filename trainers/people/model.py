@@ -19,9 +19,9 @@ from trainers.batch import Geometry
 from trainers.branching import mode_at
 from trainers.data.transforms import open_picture
 from trainers.errors import ConfigError
-from trainers.face_vectors import find_face, read_embedding
 from trainers.framing import Framing
-from trainers.words import Reader, Words
+from trainers.people.face_vectors import find_face, read_embedding
+from trainers.people.words import Reader, Words
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence

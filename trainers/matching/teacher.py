@@ -140,7 +140,7 @@ class Inverted(QueryTarget):
         import torch
 
         from trainers.cache import digest
-        from trainers.inversion import invert
+        from trainers.matching.inversion import invert
 
         backbone, config = frozen.backbone, frozen.config
         process = cast("Diffusion", backbone.process)

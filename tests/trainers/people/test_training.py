@@ -143,7 +143,7 @@ class TestFrozenWork:
         config = make()
         config.build(0, tmp_path / "cache", accelerator)
         monkeypatch.setattr("trainers.faces.miniature.MiniatureFace.find", None)
-        monkeypatch.setattr("trainers.words.Reader.read", None)
+        monkeypatch.setattr("trainers.people.words.Reader.read", None)
         config.build(1, tmp_path / "cache", accelerator)
 
     def test_a_photo_without_a_face_is_left_out_and_counted(self, make, accelerator, monkeypatch):

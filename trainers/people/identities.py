@@ -15,9 +15,9 @@ from trainers.cache import digest
 from trainers.data.identity import IdentityExample
 from trainers.data.transforms import open_picture
 from trainers.errors import DataError
-from trainers.face_vectors import find_face, known_vector, read_embeddings
 from trainers.framing import Framing
-from trainers.words import Words
+from trainers.people.face_vectors import find_face, known_vector, read_embeddings
+from trainers.people.words import Words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trainers.cache import Tensors
     from trainers.frozen import Frozen, Images
     from trainers.methods.photomaker import PhotoMakerConfig
-    from trainers.photomaker import PhotoMaker
+    from trainers.people.model import PhotoMaker
 
 log = logging.getLogger(__name__)
 
