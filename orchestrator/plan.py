@@ -204,3 +204,14 @@ def _extremes(spec: StudySpec) -> Iterable[Mapping[str, Value]]:
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def estimate_rest(spec: StudySpec) -> Estimate:
+    """What the study still has to do, measured on the trials it has finished."""
+    from orchestrator.ledger import read_trials
+    from orchestrator.tables import read_result
+
+    trials = read_trials(spec) if (spec.root / "study.db").exists() else []
+    results = [(trial.run.path, read_result(trial.run)) for trial in trials if trial.state == "COMPLETE"]
+    counted = sum(trial.state in {"COMPLETE", "PRUNED"} for trial in trials)
+    return estimate(spec, [(path, result) for path, result in results if result is not None], counted)

@@ -230,7 +230,7 @@ def test_plan_measures_when_trials_have_finished(call: Any, world: Path):
 
 
 def test_status_shows_every_trial(call: Any, world: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("orchestrator.__main__.out.width", 200)
+    monkeypatch.setattr("orchestrator.command.out.width", 200)
     finish(world.parent, 0.1, 0.2)
     answer = call("status", str(world))
     assert answer.code == 0

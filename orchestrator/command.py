@@ -1,0 +1,82 @@
+"""What commands share: where they print, and how they are given a study."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Never, Protocol
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+    from orchestrator.spec import StudySpec
+
+_WIDTH_OF_FILES = 160
+"""Columns of a table that goes to a file or a pipe."""
+
+out = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_FILES)
+err = Console(stderr=True)
+
+
+class Command(Protocol):
+    """What a module of `orchestrator.commands` holds; the module's name is the command's. Light to import."""
+
+    TEXT: str
+    """One sentence or two for `--help`."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare what the command takes."""
+        ...
+
+    def run(self, options: argparse.Namespace) -> int:
+        """Do it; the exit code is 0, or 1 for an answer of no. Raises ProjectError for an error of the user's."""
+        ...
+
+
+def add_study(parser: argparse.ArgumentParser) -> None:
+    """Let a command take a study file and changes to it."""
+    parser.add_argument("study", type=Path, metavar="STUDY", help="a study file, for example studies/hpo.yaml")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        dest="sets",
+        help="replace a value of the study, for example trial.seed=1; may be repeated",
+    )
+
+
+def add_trials(parser: argparse.ArgumentParser) -> None:
+    """Let a command take another number of trials."""
+    text = "counted trials in total; a larger number extends a finished study"
+    parser.add_argument("--trials", type=int, metavar="N", help=text)
+
+
+def load(options: argparse.Namespace) -> tuple[StudySpec, Callable[[], None]]:
+    """The study that a command was given, and the check of everything the study needs.
+
+    Raises:
+        ConfigError: What is wrong with the study file, in one line.
+    """
+    from orchestrator.spec import load_study
+
+    sets: list[str] = list(options.sets)
+    if getattr(options, "trials", None) is not None:
+        sets.append(f"limits.trials={options.trials}")
+    spec, document = load_study(options.study, sets)
+
+    def check() -> None:
+        from orchestrator import plan
+
+        plan.check(spec, document)
+
+    return spec, check
+
+
+def interrupt(_signal: int, _frame: FrameType | None) -> Never:
+    """A signal handler: SIGTERM ends a command as Ctrl-C does."""
+    raise KeyboardInterrupt

@@ -1,0 +1,59 @@
+"""`best`: the winner of a study."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from orchestrator.command import add_study, load, out
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from orchestrator.spec import StudySpec
+
+TEXT = "Show the winner and write best_params.yaml."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    add_study(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the winner."""
+    spec, _ = load(options)
+    show(spec)
+    return 0
+
+
+def show(spec: StudySpec) -> None:
+    """Print the winner and write `best_params.yaml`."""
+    from orchestrator.ledger import read_trials
+    from orchestrator.tables import best_trial, write_best
+
+    winner, value = best_trial(spec, read_trials(spec))
+    path, content = write_best(spec, winner, value)
+    out.print(f"trial {winner.number} is best: value {value:.6g}", style="bold")
+    for name, chosen in content["params"].items():
+        out.print(f"  {name}: {chosen:.4g}" if isinstance(chosen, float) else f"  {name}: {chosen}")
+    for name, score in content["scores"].items():
+        out.print(f"  {name}: {score['mean']:.4f} ± {score['standard_error']:.4f}")
+    for line in _confirmed(spec, winner.number):
+        out.print(line, soft_wrap=True, markup=False)
+    for line in (f"adapter: {content['adapter']}", f"use it:  {content['use']}", f"written: {path}"):
+        out.print(line, soft_wrap=True, markup=False)
+
+
+def _confirmed(spec: StudySpec, winner: int) -> Iterator[str]:
+    """What fresh seeds said, if that was asked."""
+    from orchestrator.confirm import Contest, read_confirmation
+
+    contest = Contest(spec, winner)
+    if found := read_confirmation(contest):
+        yield f"on {found.num_samples} pictures with fresh seeds (95 % intervals):"
+        for name, gain in found.advantages.items():
+            values = f"{found.values['winner']:.4f} against {found.values[name]:.4f}"
+            verdict = "better than" if gain.low > 0 else "worse than" if gain.high < 0 else "not clearly different from"
+            yield f"  {verdict} the {name}: {gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}), {values}"
+        yield f"side by side: {contest.picture}"

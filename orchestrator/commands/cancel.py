@@ -1,0 +1,30 @@
+"""`cancel`: end what a study runs."""
+
+from __future__ import annotations
+
+import argparse
+
+from orchestrator.command import add_study, load, out
+
+_CANCEL_SECONDS = 60
+
+TEXT = "End a study's controller and jobs; `run` goes on later."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    add_study(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """End them and wait for it."""
+    spec, _ = load(options)
+    from orchestrator.controller import Controller
+    from orchestrator.storage import controller_lock, end_controller, read_study
+
+    study = read_study(spec)
+    ended = end_controller(spec.root, _CANCEL_SECONDS)
+    with controller_lock(spec.root):
+        Controller(spec, study).stop()
+    out.print(f"{'its controller and ' if ended else ''}all jobs of {spec.name} are ended; `run` goes on later")
+    return 0

@@ -1,0 +1,68 @@
+"""`plan`: a study before it starts."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import TYPE_CHECKING
+
+from rich.syntax import Syntax
+from rich.table import Table
+
+from orchestrator.command import add_study, add_trials, load, out
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Estimate
+    from orchestrator.spec import StudySpec
+
+TEXT = "Validate a study and show what it would do; start nothing."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    add_study(parser)
+    add_trials(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Show the first trial, the search space and the cost."""
+    spec, check = load(options)
+    check()
+    import yaml
+
+    from orchestrator.plan import check_fits, estimate_rest
+
+    needed = estimate_rest(spec)
+    frozen = yaml.safe_dump(spec.resolve(spec.defaults()).model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    out.print("first trial, the study's own defaults:", style="bold")
+    out.print(Syntax(frozen, "yaml", background_color="default", word_wrap=True))
+    table = Table(title="search space", title_justify="left")
+    for column in ("path", "kind", "values", "first trial"):
+        table.add_column(column)
+    for path, value in spec.defaults().items():
+        parameter = spec.search[path]
+        values = ", ".join(f"{k}={v}" for k, v in parameter.model_dump(exclude={"kind"}, exclude_defaults=True).items())
+        table.add_row(path, parameter.model_dump()["kind"], values, str(value))
+    out.print(table)
+    _print_estimate(spec, needed)
+    check_fits(spec, needed)
+    return 0
+
+
+def _print_estimate(spec: StudySpec, needed: Estimate) -> None:
+    from orchestrator.plan import human
+
+    say, trial = partial(out.print, soft_wrap=True), spec.trial
+    pictures = len(trial.evaluate.prompts) * len(trial.evaluate.seeds)
+    weights = " + ".join(f"{weight:g} x {name}" for name, weight in spec.objective.weights_by_score().items())
+    say(f"to compute: {needed.trials_left} of {spec.num_trials} trials, {spec.limits.parallel} at a time;", end=" ")
+    say(f"each trains {trial.train.steps} steps of {trial.train.batch_size} examples,", end=" ")
+    say(f"draws {pictures} pictures in {trial.evaluate.steps} steps and maximises {weights}")
+    if needed.seconds_per_trial is None:
+        say("time: unknown until the first trial has finished; `plan` measures it from then on")
+    else:
+        hours = needed.seconds_per_trial * needed.trials_left / spec.limits.parallel / 3600
+        say(f"time: {needed.seconds_per_trial:.0f} s a trial so far, about {hours:.2g} h for the rest")
+    say(f"disk: at most {human(needed.disk_bytes)} = {needed.disk_formula}, in {spec.root}")
+    where = "device memory" if needed.on_gpu else "memory"
+    say(f"{where} of each process: {human(needed.memory_bytes)} = {needed.memory_formula}")

@@ -1,0 +1,24 @@
+"""`status`: a table of trials."""
+
+from __future__ import annotations
+
+import argparse
+
+from orchestrator.command import add_study, load, out
+
+TEXT = "Show every trial: state, parameters, scores, duration, reason of failure."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    add_study(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table."""
+    spec, _ = load(options)
+    from orchestrator.ledger import read_trials
+    from orchestrator.tables import status_table
+
+    out.print(status_table(spec, read_trials(spec)))
+    return 0
