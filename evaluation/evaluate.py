@@ -12,6 +12,7 @@ from evaluation.encoders import ClipEncoders
 from evaluation.grid import draw_grid
 from evaluation.records import Record, panel, write_records
 from evaluation.statistics import estimate
+from evaluation.subjects import MAX_SLUG
 from trainers.cache import Cache
 from trainers.data.transforms import open_picture
 from trainers.prompt import Prompt, Request, Sample
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from trainers.backbone import Model
     from trainers.batch import Source
     from trainers.rundir import RunDir
-
-_MAX_SLUG = 40
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def name_files(prompts: Sequence[Prompt], seeds: Sequence[int]) -> dict[Request,
     """Every picture of a panel, prompt after prompt, and its file relative to the run directory."""
     files: dict[Request, str] = {}
     for (place, prompt), seed in product(enumerate(prompts), seeds):
-        words = re.sub(r"[^a-z0-9]+", "-", str(prompt).lower())[:_MAX_SLUG].strip("-")
+        words = re.sub(r"[^a-z0-9]+", "-", str(prompt).lower())[:MAX_SLUG].strip("-")
         files[Request(prompt, seed)] = f"samples/{place:04d}_{words}_{seed}.png"
     return files
 
