@@ -29,6 +29,13 @@ class ClipFolder:
     """Everything that decides what the model computes: weights, configs, tokenizer."""
     width: int
     """Length of its embeddings."""
+    checkpoint: Path | None = None
+    """Weights that take the place of the folder's own."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.path.name if self.checkpoint is None else self.checkpoint.stem
 
     @property
     def weights(self) -> Path:
@@ -36,8 +43,12 @@ class ClipFolder:
         return self.files[0]
 
 
-def read_clip_folder(path: Path) -> ClipFolder:
+def read_clip_folder(path: Path, checkpoint: Path | None = None) -> ClipFolder:
     """Describe the CLIP model in `path`.
+
+    Args:
+        path: The folder.
+        checkpoint: A file of weights in open_clip's names, which is read instead of the folder's own.
 
     Raises:
         ModelError: The folder is missing, incomplete, or holds something else.
@@ -48,7 +59,12 @@ def read_clip_folder(path: Path) -> ClipFolder:
             "or of transformers (config.json)"
         )
     if (path / _OPEN_CLIP_CONFIG).is_file():
-        return _read_open_clip(path)
+        return _read_open_clip(path, checkpoint)
+    if checkpoint is not None:
+        raise ModelError(
+            f"{path}: {_OPEN_CLIP_CONFIG} is not here; expected one beside or for the weights in {checkpoint}, "
+            "which have open_clip's names"
+        )
     if (path / "config.json").is_file():
         return _read_transformers(path)
     raise ModelError(
@@ -57,7 +73,7 @@ def read_clip_folder(path: Path) -> ClipFolder:
     )
 
 
-def _read_open_clip(path: Path) -> ClipFolder:
+def _read_open_clip(path: Path, checkpoint: Path | None) -> ClipFolder:
     config_path = path / _OPEN_CLIP_CONFIG
     config = _read_json(config_path).get("model_cfg")
     if not isinstance(config, dict):
@@ -66,10 +82,12 @@ def _read_open_clip(path: Path) -> ClipFolder:
     width, text = model.get("embed_dim"), model.get("text_cfg")
     if not isinstance(width, int) or not isinstance(text, dict):
         raise ModelError(f"{config_path}: `model_cfg` needs `embed_dim` and `text_cfg`; got keys {sorted(model)}")
-    files = [_first(path, _OPEN_CLIP_WEIGHTS, "weights"), config_path]
+    if checkpoint is not None and not checkpoint.is_file():
+        raise ModelError(f"{checkpoint}: no such file; expected weights in open_clip's names")
+    files = [checkpoint or _first(path, _OPEN_CLIP_WEIGHTS, "weights"), config_path]
     if cast("dict[str, Any]", text).get("hf_tokenizer_name"):
         files += _tokenizer_files(path)
-    return ClipFolder(path, "open_clip", tuple(files), width)
+    return ClipFolder(path, "open_clip", tuple(files), width, checkpoint)
 
 
 def _read_transformers(path: Path) -> ClipFolder:

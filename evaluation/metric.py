@@ -14,11 +14,11 @@ from trainers.config import Choice
 from trainers.prompt import Sample
 
 
-class Encoder(ABC):
-    """Two towers that map pictures and prompts to unit vectors of one space. Always computes in fp32."""
+class ImageEncoder(ABC):
+    """A tower that maps pictures to unit vectors. Always computes in fp32."""
 
     model: str
-    """Name and content hash of weights, tokenizer and preprocessing."""
+    """Name and content hash of weights, preprocessing and, where there is one, tokenizer."""
     width: int
     """Length of an embedding."""
 
@@ -27,23 +27,35 @@ class Encoder(ABC):
         """Embed 8-bit RGB pictures; a picture that was seen before is not computed again."""
 
     @abstractmethod
-    def embed_prompts(self, prompts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
-        """Embed prompts, once per study."""
-
-    @abstractmethod
     def embed_references(self, sources: Sequence[Source]) -> Float32[np.ndarray, "n width"]:
         """Embed pictures, decoded as training pictures are; once per study."""
+
+
+class Encoder(ImageEncoder):
+    """Two towers that map pictures and prompts to unit vectors of one space."""
+
+    @abstractmethod
+    def embed_prompts(self, prompts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
+        """Embed prompts, once per study."""
 
 
 class Encoders(ABC):
     """Every encoder that scoring needs, each opened once however many metrics use it."""
 
     @abstractmethod
-    def clip(self, path: Path) -> Encoder:
-        """The CLIP model in folder `path`.
+    def clip(self, path: Path, checkpoint: Path | None = None) -> Encoder:
+        """The CLIP model in folder `path`, with the weights in `checkpoint` if that is given.
 
         Raises:
             ModelError: The folder is missing, incomplete, or holds something else.
+        """
+
+    @abstractmethod
+    def dino(self, path: Path) -> ImageEncoder:
+        """The vision transformer in folder `path`.
+
+        Raises:
+            ModelError: As `clip`.
         """
 
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torchvision.transforms.functional import gaussian_blur
 
 from trainers.miniature.world import (
     COLOURS,
+    PATTERNS,
+    SHAPES,
     STYLES,
     SUBJECTS,
     Scene,
@@ -85,6 +87,31 @@ def captions(scenes: Sequence[Scene], rng: random.Random, empty: float = 0.0) ->
 def _worded(scene: Scene, rng: random.Random) -> str:
     opening = rng.choice(("", "", "", "a photo of ", "a picture of "))
     return opening + caption(scene, "short" if rng.random() < 0.12 else "full")
+
+
+def altered(scene: Scene, rng: random.Random, *, background: bool = False) -> Scene:
+    """The same scene but for one attribute, which is what a description gets wrong most easily.
+
+    Args:
+        scene: A person gets other hair or another shirt, anything else another shape, colour, second colour or pattern.
+        rng: Decides which.
+        background: Whether that may be what changes.
+    """
+    taken = {scene.background, scene.colour, scene.second}
+    if scene.person is not None:
+        taken = {scene.background, scene.person.hair, scene.person.shirt}
+    colour = rng.choice([name for name in COLOURS if name not in taken])
+    if background and rng.random() < 0.3:
+        return replace(scene, background=colour)
+    if scene.person is not None:
+        return replace(scene, person=replace(scene.person, **{rng.choice(("hair", "shirt")): colour}))
+    changes: list[dict[str, str]] = [
+        {"shape": rng.choice([shape for shape in SHAPES if shape != scene.shape])},
+        {"colour": colour},
+    ]
+    if scene.fill in PATTERNS:
+        changes += [{"second": colour}, {"fill": rng.choice([fill for fill in PATTERNS if fill != scene.fill])}]
+    return replace(scene, name="", **cast("dict[str, Any]", rng.choice(changes)))
 
 
 def to_unit(pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:

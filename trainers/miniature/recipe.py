@@ -2,8 +2,9 @@
 
 It takes about four hours on two CPU cores; `--fraction 0.002` makes an untrained but complete family in minutes, and
 `--only sd refiner` makes some members from those that are in the folder. The folder then holds `sdxl/`, `clip/`,
-`aesthetic.safetensors`, `sd/`, `sd_v/`, `sana/`, `refiner/`, `face/`, `photomaker.safetensors`, `training.log` and
-`manifest.json`, which says of each stage its seed, its steps, what it started from and how good the result is.
+`aesthetic.safetensors`, `sd/`, `sd_v/`, `sana/`, `refiner/`, `face/`, `photomaker.safetensors`, `dino/`, `preference/`,
+`training.log` and `manifest.json`, which says of each stage its seed, its steps, what it started from and how good the
+result is.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from trainers.miniature import family, generator, members, scorers
+from trainers.miniature import dino, family, generator, members, preference, scorers
 from trainers.miniature.members import Making, Quality
 from trainers.miniature.pictures import Pictures, plain, wide
 from trainers.miniature.training import Schedule
@@ -32,6 +33,8 @@ STEPS = {
     "clip": 1600,
     "aesthetic": 3000,
     **members.STEPS,
+    "dino": dino.STEPS,
+    "preference": preference.STEPS,
 }
 """Optimizer steps of each network."""
 _PICTURES = 16_000
@@ -87,6 +90,8 @@ STAGES: dict[str, tuple[Callable[[Making], Quality], tuple[str, ...], tuple[str,
     "refiner": (members.make_refiner, ("refiner",), ("sdxl",)),
     "face": (members.make_face, ("face",), ()),
     "photomaker": (members.make_photomaker, ("photomaker",), ("sdxl", "face")),
+    "dino": (dino.make_dino, ("dino",), ()),
+    "preference": (preference.make_preference, ("preference",), ()),
 }
 """By name: what makes it, which networks it trains, and which other parts of the folder it starts from."""
 

@@ -1,0 +1,55 @@
+"""DINO similarity: raw cosines of class tokens, as in DreamBooth (Ruiz et al., 2022, arXiv:2208.12242)."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+from jaxtyping import Float32
+from typing_extensions import override
+
+from evaluation.dino_folder import read_dino_folder
+from evaluation.metric import Encoders, ImageEncoder, Metric, Scorer
+from trainers.batch import Source
+from trainers.config import LocalPath
+from trainers.errors import DataError
+from trainers.prompt import Sample
+
+
+class Dino(Metric):
+    """Mean cosine between a picture and every held-out reference, -1 to 1.
+
+    Over a whole panel this is the paper's mean over all generated × real pairs, never a maximum. The paper's numbers
+    are of DINO v1's ViT-S/16; the score's model name says which transformer made it, as values of two are not
+    comparable.
+    """
+
+    kind: Literal["dino"] = "dino"
+    needs_references: ClassVar[bool] = True
+    model: LocalPath
+    """Folder of a vision transformer (DINO, DINOv2), in the form of transformers or of timm."""
+
+    @override
+    def check(self) -> None:
+        read_dino_folder(self.model)
+
+    @override
+    def open(self, encoders: Encoders, references: Sequence[Source]) -> Scorer:
+        if not references:
+            raise DataError(
+                "metric dino compares samples with held-out pictures; got none: "
+                "set `data.holdout` (or `data.holdout_path`) or remove the metric"
+            )
+        encoder = encoders.dino(self.model)
+        return _DinoScorer(encoder, encoder.embed_references(references))
+
+
+class _DinoScorer(Scorer):
+    def __init__(self, encoder: ImageEncoder, references: Float32[np.ndarray, "n width"]) -> None:
+        self.model = encoder.model
+        self._encoder = encoder
+        self._references = references
+
+    @override
+    def values(self, samples: Sequence[Sample]) -> list[float]:
+        images = self._encoder.embed_images([sample.image for sample in samples])
+        return (images @ self._references.T).mean(axis=1).tolist()
