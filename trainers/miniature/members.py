@@ -18,7 +18,7 @@ from transformers import CLIPTextModel
 from trainers.faces.miniature import load_network, save_network
 from trainers.miniature import checks, faces, portraits, refiner, sana, sana_training, sd
 from trainers.miniature.generator import encode
-from trainers.miniature.photomaker import train_photomaker
+from trainers.miniature.photomaker import photomaker_quality, train_photomaker
 from trainers.miniature.pictures import Pictures, plain, wide
 from trainers.miniature.scorers import tokens
 from trainers.miniature.teacher import Teacher
@@ -30,11 +30,11 @@ STEPS = {
     "sd": 700,
     "sd_v": 600,
     "gemma": 400,
-    "dc_ae": 500,
-    "sana": 1300,
+    "dc_ae": 1500,
+    "sana": 4500,
     "refiner": 400,
     "face": 400,
-    "photomaker": 1000,
+    "photomaker": 500,
 }
 """Optimizer steps of each network."""
 _PICTURES = 6000
@@ -138,6 +138,7 @@ def make_photomaker(making: Making) -> Quality:
     portraits.save_people(people, portraits.crowd(making.count(_PEOPLE), making.seed + 2), _PHOTOS, making.seed)
     path = making.folder / "photomaker.safetensors"
     train_photomaker(making.folder, people, path, making.count(STEPS["photomaker"]), making.seed)
+    found = photomaker_quality(making.folder, path, making.count(2 * _CHECKED), making.seed + 100)
     for left in (people, path.with_suffix(".work")):
         shutil.rmtree(left)
-    return {}
+    return found

@@ -71,7 +71,7 @@ def build_gemma(tokenizer: GemmaTokenizer) -> Gemma2Model:
 
 
 def build_transformer() -> SanaTransformer2DModel:
-    """SANA's linear-attention transformer; one token sees 2 x 2 latents, and, as in the 2K models, its place."""
+    """SANA's linear-attention transformer; one token is one latent, and, as in the 2K models, knows its place."""
     return SanaTransformer2DModel(
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
@@ -83,7 +83,7 @@ def build_transformer() -> SanaTransformer2DModel:
         cross_attention_dim=_HEADS * _HEAD_WIDTH,
         caption_channels=_TEXT_WIDTH,
         sample_size=8,
-        patch_size=2,
+        patch_size=1,
         interpolation_scale=cast("Any", 1.0),
     )
 
