@@ -56,6 +56,23 @@ class Difference:
     """(prompt, seed) pairs that both panels hold with a value."""
     num_undefined: int
     """Common pairs where either value is undefined; they are left out."""
+    confidence: float
+    """That the mean is above zero, from 0 to 1: one-sided, by Student's t over prompts; NaN for fewer than two."""
+
+    def verdict(self, ours: str, theirs: str, *, higher_is_better: bool = True) -> str:
+        """One sentence on whether ours is better than theirs, and how sure that is."""
+        sure = self.confidence if higher_is_better else 1 - self.confidence
+        if math.isnan(self.low):
+            return f"nothing can be said of {ours} and {theirs}: {self.num_prompts} prompts, expected two or more"
+        numbers = (
+            f"{self.mean:+.4f} ({self.low:+.4f} to {self.high:+.4f} with 95 %; {self.num_pairs} pictures of "
+            f"{self.num_prompts} prompts)"
+        )
+        if self.low <= 0 <= self.high:
+            return f"{ours} is not clearly different from {theirs}: {numbers}; better with {sure:.0%} confidence"
+        is_better = (self.mean > 0) is higher_is_better
+        word, sure = ("better", sure) if is_better else ("worse", 1 - sure)
+        return f"{ours} is {word} than {theirs}: {numbers}; {sure:.1%} sure"
 
 
 def paired_difference(ours: Panel, theirs: Panel, *, seed: int = 0, num_resamples: int = 10_000) -> Difference:
@@ -91,7 +108,39 @@ def paired_difference(ours: Panel, theirs: Panel, *, seed: int = 0, num_resample
         num_prompts=len(means),
         num_pairs=len(deltas) - num_undefined,
         num_undefined=num_undefined,
+        confidence=_confidence(means),
     )
+
+
+def rank_panels(panels: Mapping[str, Panel]) -> dict[str, Difference]:
+    """Candidates from the best to the worst on the same fresh (prompt, seed), each with how far it is below the best.
+
+    The largest of many noisy values is partly luck: give the few best of a search values on seeds that the search has
+    not seen, and the luckiest falls back among them. Candidates are compared on what all of them have a value for.
+
+    Args:
+        panels: Higher is better.
+
+    Raises:
+        DataError: There is nothing that all candidates have in common.
+    """
+    first = next(iter(panels.values())) if panels else dict[tuple[str, int], float]()
+    common = [key for key in first if all(key in panel and not math.isnan(panel[key]) for panel in panels.values())]
+    shared = {name: {key: panel[key] for key in common} for name, panel in panels.items()}
+    if not common:
+        raise DataError(f"cannot rank {', '.join(panels) or 'nothing'}: no (prompt, seed) with a value in common")
+    order = sorted(shared, key=lambda name: -estimate(shared[name]).mean)
+    return {name: paired_difference(shared[name], shared[order[0]]) for name in order}
+
+
+def _confidence(means: np.ndarray) -> float:
+    """One minus the p-value of scipy's one-sided, one-sample t-test."""
+    if len(means) < 2:
+        return math.nan
+    if np.ptp(means) == 0:  # no spread to divide by
+        return (float(np.sign(means[0])) + 1) / 2
+    t = float(means.mean()) / (float(means.std(ddof=1)) / math.sqrt(len(means)))
+    return float(special.stdtr(len(means) - 1, t))
 
 
 def _prompt_means(values: Panel) -> np.ndarray:

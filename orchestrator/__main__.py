@@ -10,7 +10,7 @@ from typing import cast
 from orchestrator.command import Command, err
 from trainers.errors import ProjectError
 
-_COMMANDS = ("run", "plan", "status", "best", "replay", "cancel", "ui")
+_COMMANDS = ("run", "plan", "status", "best", "replay", "cancel", "ui", "evaluate")
 """In the order of `--help`."""
 _EXAMPLES = """\
 a first study, from start to end:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evaluation.statistics import estimate, paired_difference
+from evaluation.statistics import estimate, paired_difference, rank_panels
 from trainers.errors import DataError
 
 
@@ -85,3 +85,50 @@ def test_interval_covers_the_truth_about_as_often_as_it_claims(num_prompts):
         covered += result.low <= truth <= result.high
     # Binomial(400, 0.95) leaves [0.92, 0.98] once in 200; the rest of the slack is the bootstrap's own error.
     assert 0.91 <= covered / trials <= 0.985
+
+
+def test_confidence_is_scipys_one_sided_t_test_over_prompts():
+    rng = np.random.default_rng(1)
+    deltas = rng.normal(0.1, 0.3, size=(9, 2))
+    ours = {(str(p), s): float(deltas[p, s]) for p in range(9) for s in range(2)}
+    test = stats.ttest_1samp(deltas.mean(axis=1), 0.0, alternative="greater")
+    assert paired_difference(ours, dict.fromkeys(ours, 0.0)).confidence == pytest.approx(1 - test.pvalue)
+
+
+@pytest.mark.parametrize(("shift", "confidence"), [(0.25, 1.0), (0.0, 0.5), (-0.25, 0.0)])
+def test_equal_differences_leave_no_doubt_of_their_sign(shift: float, confidence: float):
+    theirs = {(str(p), 0): float(p) for p in range(4)}
+    assert paired_difference({key: value + shift for key, value in theirs.items()}, theirs).confidence == confidence
+
+
+@pytest.mark.parametrize(
+    ("shift", "higher_is_better", "words"),
+    [(0.5, True, "B is better than A"), (-0.5, True, "B is worse than A"), (-0.5, False, "B is better than A")],
+)
+def test_a_verdict_says_which_is_better(shift: float, higher_is_better: bool, words: str):
+    theirs = {(str(p), 0): float(p % 3) for p in range(8)}
+    ours = {key: value + shift + 0.01 * float(key[0]) for key, value in theirs.items()}
+    verdict = paired_difference(ours, theirs).verdict("B", "A", higher_is_better=higher_is_better)
+    assert verdict.startswith(words)
+    assert "100.0% sure" in verdict
+
+
+def test_a_verdict_does_not_decide_what_it_cannot():
+    theirs = {(str(p), 0): 0.0 for p in range(6)}
+    ours = {(str(p), 0): (-1.0) ** p for p in range(6)}
+    assert "not clearly different" in paired_difference(ours, theirs).verdict("B", "A")
+    one = paired_difference({("a", 0): 1.0}, {("a", 0): 0.0})
+    assert "expected two or more" in one.verdict("B", "A")
+
+
+def test_fresh_values_rank_candidates_on_what_all_of_them_have():
+    worse = {(str(p), 0): float(p) for p in range(5)}
+    better = {key: value + 1 for key, value in worse.items()} | {("only here", 0): -1e6}
+    ranking = rank_panels({"worse": worse, "better": better})
+    assert list(ranking) == ["better", "worse"]
+    assert (ranking["better"].mean, ranking["worse"].mean, ranking["worse"].num_pairs) == (0.0, -1.0, 5)
+
+
+def test_candidates_with_nothing_in_common_are_not_ranked():
+    with pytest.raises(DataError, match="in common"):
+        rank_panels({"a": {("p", 0): 1.0}, "b": {("p", 1): 1.0}})

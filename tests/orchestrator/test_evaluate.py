@@ -1,0 +1,142 @@
+"""The command `evaluate` on folders of pictures, with a small random CLIP; real photos where they are at hand."""
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from orchestrator.__main__ import main
+from tests.evaluation.conftest import build_open_clip, noise
+
+Command = Callable[..., tuple[int, str, str]]
+
+PHOTOS = os.environ.get("DREAMBENCH")
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two subjects of two prompts, their references, and what to measure with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.json").write_text(
+        json.dumps({"subjects": ["cat", "duck toy"], "prompts": ["a <subject>", "a red <subject>"]})
+    )
+    for number, (folder, subject) in enumerate({"cat2": "cat", "duck_toy": "duck toy"}.items()):
+        for root in ("good", "bad", "real"):
+            (tmp_path / root / folder).mkdir(parents=True)
+        noise(number).save(tmp_path / "real" / folder / "0.png")
+        for place, words in enumerate((f"a {subject}", f"a red {subject}")):
+            name = f"{place:04d}_{words}.png"
+            noise(number).save(tmp_path / "good" / folder / name)
+            noise(100 + 10 * number + place).save(tmp_path / "bad" / folder / name)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_open_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture
+def evaluate(world: Path, clip: Path, capfd: pytest.CaptureFixture[str]) -> Command:
+    kinds = {"clip_i": "clip_image", "clip_t": "clip_text"}
+    metrics = {name: {"kind": kind, "model": str(clip)} for name, kind in kinds.items()}
+    (world / "metrics.yaml").write_text(yaml.safe_dump({"metrics": metrics}))
+
+    def answer(*argv: str) -> tuple[int, str, str]:
+        code = main(("evaluate", *argv, "--metrics", "metrics.yaml", "--output", "results"))
+        printed = capfd.readouterr()
+        return code, printed.out, printed.err
+
+    return answer
+
+
+GIVEN = ("--prompts", "prompts.json", "--references", "real")
+
+
+def test_each_folder_is_a_line_of_the_summary_and_the_mean_of_its_records(
+    evaluate: Command,
+):
+    code, out, _ = evaluate("bad", *GIVEN)
+    rows = list(csv.DictReader(Path("results/evaluation_summary.csv").read_text().splitlines()))
+    records = [json.loads(line) for line in Path("results/records.jsonl").read_text().splitlines()]
+    assert code == 0
+    assert "cat2 is 'cat'" in out
+    assert list(rows[0]) == ["subject", "num_prompts", "CLIP-I", "CLIP-T"]
+    assert [(row["subject"], row["num_prompts"]) for row in rows] == [("cat2", "2"), ("duck_toy", "2")]
+    for row in rows:
+        own = [record["values"]["clip_i"] for record in records if record["subject"] == row["subject"]]
+        assert float(row["CLIP-I"]) == pytest.approx(np.mean(own), abs=1e-6)
+
+
+def test_the_set_that_looks_like_its_references_is_better(evaluate: Command):
+    code, out, _ = evaluate("bad", "good", *GIVEN)
+    assert code == 0
+    assert "clip_i: B is better than A" in out
+    assert "pictures of 4 prompts" in out
+
+
+def test_a_photo_is_not_compared_with_itself(evaluate: Command, world: Path):
+    (world / "prompts.txt").write_text(
+        "subject_name,class\ncat2,cat\nPrompts\n'a {0} {1}'.format(unique_token, class_token)\n"
+        "Live Subject Prompts\n'a {0} {1}'.format(unique_token, class_token)\n"
+    )
+    noise(50).save(world / "real" / "cat2" / "1.png")
+    code, out, _ = evaluate("real", "--prompts", "prompts.txt", "--photos")
+    rows = list(csv.DictReader(Path("results/evaluation_summary.csv").read_text().splitlines()))
+    assert code == 0
+    assert "left out: duck_toy" in out
+    assert [row["subject"] for row in rows] == ["cat2"]
+    assert float(rows[0]["CLIP-I"]) < 0.999
+
+
+def test_what_does_not_map_is_listed_and_the_rest_is_judged(evaluate: Command, world: Path):
+    (world / "bad" / "vase").mkdir()
+    noise(1).save(world / "bad" / "vase" / "0000_a_vase.png")
+    noise(2).save(world / "bad" / "cat2" / "0002_a blue dog.png")
+    code, out, _ = evaluate("bad", *GIVEN)
+    assert code == 0
+    assert "left out: vase: no subject of that name" in out
+    assert "left out: cat2/0002_a blue dog.png" in out
+
+
+@pytest.mark.parametrize(
+    ("how", "part"),
+    [
+        ("nothing there", "gone: no such folder"),
+        ("empty", "empty: no pictures"),
+        ("no prompts", "--prompts"),
+        ("unmapped", "nothing can be judged: vase"),
+        ("corrupt", "cannot be decoded"),
+        ("no references", "got none"),
+    ],
+)
+def test_bad_input_is_one_line(evaluate: Command, world: Path, how: str, part: str):
+    (world / "empty").mkdir()
+    (world / "other" / "vase").mkdir(parents=True)
+    noise(1).save(world / "other" / "vase" / "a vase.png")
+    if how == "corrupt":
+        (world / "bad" / "cat2" / "0000_a cat.png").write_bytes(b"not a picture")
+    source = {"nothing there": "gone", "empty": "empty", "unmapped": "other"}.get(how, "bad")
+    given = {"no prompts": (), "no references": GIVEN[:2]}.get(how, GIVEN)
+    code, _, err = evaluate(source, *given)
+    assert code == 2
+    assert err.count("\n") == 1, err
+    assert part in err
+
+
+@pytest.mark.skipif(not PHOTOS, reason="set DREAMBENCH to the folder of google/dreambooth's data set")
+def test_every_folder_of_dreambench_has_a_line_of_the_summary(evaluate: Command):
+    assert PHOTOS
+    code, out, _ = evaluate(PHOTOS, "--prompts", f"{PHOTOS}/prompts_and_classes.txt", "--photos")
+    rows = list(csv.DictReader(Path("results/evaluation_summary.csv").read_text().splitlines()))
+    assert code == 0
+    assert "left out" not in out
+    assert [row["subject"] for row in rows] == sorted(
+        folder.name for folder in Path(PHOTOS).iterdir() if folder.is_dir()
+    )
+    assert all(0 < float(row["CLIP-I"]) < 1 for row in rows)
