@@ -3,7 +3,7 @@
 It has facebook/dino-vits16's layout at small size, but another loss: supervised instance discrimination (InfoNCE,
 van den Oord et al., 2018, arXiv:1807.03748) on two drawings of one object, at two places and on two backgrounds, among
 other objects, half of which differ in a single attribute. Self-distillation, as in DINO (Caron et al., 2021,
-arXiv:2104.14294), was tried first and answered the same for every picture in the few hundred steps there are.
+arXiv:2104.14294), was tried once and stopped after about 100 steps with the loss of a uniform answer.
 """
 
 import json
