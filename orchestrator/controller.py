@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import ValidationError
 
 from orchestrator.launcher import Job, JobId, JobState
+from orchestrator.panels import NOTES, NOTES_FILE, PROMPT_VALUES, prompt_values
 from orchestrator.search import Value
 from orchestrator.spec import StudySpec
 from orchestrator.tracker import StudyView, TrialView
@@ -75,6 +76,7 @@ class Controller:
         for frozen in self._trials(TrialState.RUNNING):
             self._advance(frozen)
         self._stop_if_hopeless()
+        self._note()
         while not self._is_full():
             self._start(self.study.ask())
             self._stop_if_hopeless()
@@ -105,7 +107,20 @@ class Controller:
     def _is_full(self) -> bool:
         running = len(self._trials(TrialState.RUNNING))
         wanted = self.spec.num_trials - len(self._trials(*_COUNTED))
-        return running >= min(wanted, self.spec.limits.parallel)
+        if running >= min(wanted, self.spec.limits.parallel):
+            return True
+        return self.spec.sampler.room(self.spec.search, self.study) == 0
+
+    def _note(self) -> None:
+        """Say what the sampler has to say, once."""
+        notes = list(self.spec.sampler.notes(self.spec.search, self.study))
+        known: list[str] = self.study.user_attrs.get(NOTES, [])
+        if notes != known:
+            self.study.set_user_attr(NOTES, notes)
+            write_atomically(self.spec.root / NOTES_FILE, "".join(f"{note}\n" for note in notes))
+            for note in notes:
+                if note not in known:
+                    log.info("%s", note)
 
     def _start(self, trial: Trial) -> None:
         """Draw, freeze and submit; every part is a repetition without effect if it was done before."""
@@ -176,6 +191,7 @@ class Controller:
         if math.isnan(value):
             self._fail(trial, RunError(reason="nan", message="a score of the objective is undefined for every sample"))
             return
+        trial.set_user_attr(PROMPT_VALUES, prompt_values(self.spec, run))
         self.study.tell(trial, value)
 
     def _lose(self, trial: Trial, run: RunDir, job_id: JobId, why: str) -> None:

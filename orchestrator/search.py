@@ -10,7 +10,7 @@ import itertools
 import math
 from abc import abstractmethod
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
 from pydantic import Field, FiniteFloat, model_validator
 from typing_extensions import override
@@ -218,18 +218,24 @@ class Sampler(Choice):
 
     seed: int = Field(default=0, ge=0)
     """Trials of studies with equal seeds are equal as long as their scores are."""
+    ends_by: ClassVar[tuple[str, ...]] = ()
+    """Options that only say when the search ends; they may change in a study that has begun."""
 
     @abstractmethod
     def draw(self, space: Mapping[str, Parameter], study: optuna.Study, trial: FrozenTrial) -> dict[str, Value]:
         """Values for the running `trial`; called again, it returns the same ones."""
 
     def size(self, space: Mapping[str, Parameter]) -> int | None:  # noqa: ARG002
-        """How many different trials there are to ask for; None is no limit.
-
-        Raises:
-            ValueError: The sampler cannot search `space`.
-        """
+        """How many different trials there are to ask for; None is no limit. Raises ValueError for a wrong `space`."""
         return None
+
+    def room(self, space: Mapping[str, Parameter], study: optuna.Study) -> int | None:  # noqa: ARG002
+        """New trials that can be asked for; None is any number, 0 while nothing runs the end. Raises ConfigError."""
+        return None
+
+    def notes(self, space: Mapping[str, Parameter], study: optuna.Study) -> tuple[str, ...]:  # noqa: ARG002
+        """What people should know of the search so far, in sentences."""
+        return ()
 
 
 class TpeSampler(Sampler):

@@ -9,6 +9,7 @@ from typing import Any, Never, Self, cast
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+import orchestrator.golden_section  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the kind
 import trainers.methods  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the kinds
 from evaluation.config import EvaluateConfig
 from orchestrator.complaints import complaint, config_error, did_you_mean, shown

@@ -171,7 +171,10 @@ def _sampler(spec: StudySpec) -> optuna.samplers.BaseSampler:
 
 
 def _identity(spec: StudySpec) -> dict[str, Any]:
-    return spec.model_dump(mode="json", include={"trial", "search", "sampler", "pruner", "objective"})
+    tree = spec.model_dump(mode="json", include={"trial", "search", "sampler", "pruner", "objective"})
+    for option in spec.sampler.ends_by:
+        del tree["sampler"][option]
+    return tree
 
 
 def _check_identity(spec: StudySpec, study: optuna.Study, path: Path) -> None:

@@ -18,7 +18,10 @@ def run(options: argparse.Namespace) -> int:
     """Print the table."""
     spec, _ = load(options)
     from orchestrator.ledger import read_trials
+    from orchestrator.panels import NOTES_FILE
     from orchestrator.tables import status_table
 
     out.print(status_table(spec, read_trials(spec)))
+    if (notes := spec.root / NOTES_FILE).exists():
+        out.print(notes.read_text(encoding="utf-8").rstrip(), soft_wrap=True, markup=False)
     return 0
