@@ -35,6 +35,11 @@ class TrialSpec(Config):
     train: MethodConfig
     evaluate: EvaluateConfig
 
+    @model_validator(mode="after")
+    def _guidance_finds_its_versions(self) -> Self:
+        self.train.check_guidance(self.evaluate.guidance)
+        return self
+
 
 class Limits(Config):
     """When a study ends."""

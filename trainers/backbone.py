@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -10,8 +11,9 @@ from typing_extensions import override
 
 from trainers.batch import NEGATIVE_AESTHETIC, Geometry
 from trainers.config import Choice
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, ModelError
 from trainers.loss import Prediction
+from trainers.version import TRAINED, Lineage, Version, Versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -113,6 +115,31 @@ class Model(ABC):
     """A denoiser that pictures can be drawn from: all that sampling needs to know."""
 
     device: torch.device
+    lineage: Lineage | None = None
+    """None is not known: adapters that are there have no weak version."""
+
+    @property
+    def text_is_adapted(self) -> bool:
+        """Whether versions of this model read prompts differently."""
+        return True
+
+    def versions(self, wanted: Sequence[Version]) -> Versions:
+        """Make versions of this model ready, in this order of preference: in one batch, one after the other.
+
+        Raises:
+            ModelError: There is no such version.
+        """
+        if any(version.weak for version in wanted):
+            raise ModelError(
+                f"guidance.weak: checkpoint with {type(self).__name__}; expected plain LoRA, whose weak version can "
+                "be drawn with; set guidance.weak: base"
+            )
+        if self.lineage and self.lineage.whole:
+            raise ModelError(
+                "guidance leads away from the base, and weights of the base itself were trained; expected adapters: "
+                "set guidance to kind cfg"
+            )
+        return _Scaled(self)
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -153,6 +180,23 @@ class Model(ABC):
         """Within the context all adapters, also those of the text encoders, act with weight `scale`."""
 
 
+class _Scaled(Versions):
+    """Versions of any model, one after the other, by its adapters' scale."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    @property
+    @override
+    def mixes(self) -> bool:
+        return False
+
+    @override
+    def acting(self, versions: Sequence[Version], repeats: int = 1) -> AbstractContextManager[None]:
+        (version,) = versions
+        return nullcontext() if version == TRAINED else self._model.adapter_scale(version.scale)
+
+
 class Backbone(Model):
     """A pretrained model, frozen when it is loaded."""
 
@@ -169,6 +213,11 @@ class Backbone(Model):
     @abstractmethod
     def networks(self) -> Mapping[str, nn.Module]:
         """What can be trained, by the name that a pipeline's folder gives it: denoiser first, then text encoders."""
+
+    @property
+    @override
+    def text_is_adapted(self) -> bool:
+        return any(hasattr(encoder, "peft_config") for encoder in self.text_encoders)
 
     @abstractmethod
     def encode_image(self, pixels: Float[Tensor, "1 3 h w"]) -> Moments:

@@ -14,11 +14,13 @@ from trainers.config import Choice
 from trainers.efficiency import AttentionKernel
 from trainers.ema import EmaConfig
 from trainers.errors import DataError
+from trainers.guidance import Guidance
 from trainers.loss import LossConfig
 from trainers.optim import Cosine, OptimizerConfig, ScheduleConfig
 from trainers.optimizers.adamw import AdamW
 from trainers.samples import SamplesConfig
 from trainers.validation import ValidationConfig
+from trainers.version import TRAINED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -141,7 +143,40 @@ class MethodConfig(Choice):
             )
         if self.validation:
             self.data.check_validation()
+        if self.samples and self.samples.guidance.needs_weak:
+            raise ValueError(
+                "samples.guidance.weak is checkpoint, which does not exist while training goes on; set it to base, or "
+                "samples.guidance to kind cfg"
+            )
         return self
+
+    @property
+    def has_weak(self) -> bool:
+        """Whether a weak version lies in `weak/` of the adapter's folder after training."""
+        return self.weak_fraction is not None
+
+    @property
+    def trains_whole(self) -> bool:
+        """Whether weights of the base itself are trained, so that an adapter's scale does not lead back to it."""
+        return False
+
+    def check_guidance(self, guidance: Guidance) -> None:
+        """Refuse guidance by a version of the model that training does not leave behind.
+
+        Raises:
+            ValueError: What is missing, and what to do.
+        """
+        versions = {term.version for term in guidance.terms()}
+        if guidance.needs_weak and not self.has_weak:
+            raise ValueError(
+                "guidance.weak is checkpoint, and training exports no weak version; set train.weak_fraction, for "
+                "example 0.3, or guidance.weak: base"
+            )
+        if self.trains_whole and versions != {TRAINED}:
+            raise ValueError(
+                "guidance calls upon another version of the model, and weights of the base itself are trained; "
+                "expected adapters alone, or guidance of kind cfg"
+            )
 
     @property
     def weak_step(self) -> int | None:

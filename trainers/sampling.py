@@ -10,14 +10,17 @@ layout of the stock pipeline.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 
+from trainers.backbone import Condition
 from trainers.errors import NonFiniteError
+from trainers.guidance import Term
 from trainers.prompt import Prompt, Request, Sample
+from trainers.version import TRAINED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,9 +30,13 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from trainers.backbone import Condition, Model
+    from trainers.backbone import Model
     from trainers.guidance import SamplingConfig
     from trainers.samples import SamplesConfig
+
+
+_NOTHING = 1e-12
+"""Weights that sum to nothing but rounding."""
 
 
 def noise_rng(request: Request) -> torch.Generator:
@@ -78,11 +85,32 @@ class _Sampler:
     def __init__(self, model: Model, config: SamplingConfig, prompts: Sequence[Prompt]) -> None:
         self._model = model
         self._config = config
-        self._terms = [term for term in config.guidance.terms() if term.weight != 0]
         told = [None, *dict.fromkeys(prompts)]
         self._rows = {prompt: row for row, prompt in enumerate(told)}
-        side = config.resolution
-        self._conditions = model.prepare(told, side, side, negative=config.negative_prompt)
+        side, negative = config.resolution, config.negative_prompt
+        # Also what is told outside the interval: the trained model's own reading of the prompts.
+        guided = [term.version for term in self._calls(config.guidance.interval.start)]
+        wanted = list(dict.fromkeys([*guided, TRAINED]))
+        self._versions = model.versions(wanted) if wanted != [TRAINED] else None
+        self._conditions = {TRAINED: model.prepare(told, side, side, negative=negative)}
+        for version in wanted[: -1 if self._versions else 0]:
+            self._conditions[version] = self._conditions[TRAINED]
+        if self._versions and model.text_is_adapted:
+            for version in wanted:
+                with self._versions.acting([version]):
+                    self._conditions[version] = model.prepare(told, side, side, negative=negative)
+
+    def _calls(self, behind: float) -> tuple[Term, ...]:
+        """What is called at a noise level; the versions of a model that was not trained are one and the same."""
+        terms = self._config.guidance.calls(behind)
+        lineage = self._model.lineage
+        if lineage is None or lineage.folder is not None:
+            return terms
+        weights: dict[str, float] = {}
+        for term in terms:
+            weights[term.condition] = weights.get(term.condition, 0.0) + term.weight
+        alike = (Term("null", weights.get("null", 0.0)), Term("prompt", weights.get("prompt", 0.0)))
+        return tuple(term for term in alike if abs(term.weight) > _NOTHING)
 
     @torch.no_grad()
     def draw(self, batch: Sequence[Request]) -> Float[Tensor, "b 3 h w"]:
@@ -90,32 +118,48 @@ class _Sampler:
         model, config = self._model, self._config
         scheduler = model.sampling_scheduler(config.scheduler)
         scheduler.set_timesteps(config.steps, device=model.device)
-        condition = self._condition(batch)
         latents = self._initial_latents(batch) * scheduler.init_noise_sigma
+        conditions: dict[tuple[Term, ...], Condition] = {}
         for t in scheduler.timesteps:
-            x_t = torch.cat([_scaled(scheduler, latents, t)] * len(self._terms))
-            parts = model.denoise(x_t, t.expand(len(x_t)), condition).float().chunk(len(self._terms))
-            prediction = sum(term.weight * part for term, part in zip(self._terms, parts, strict=True))
+            terms = self._calls(max(0.0, 1 - (float(t) + 1) / scheduler.config.num_train_timesteps))
+            if terms not in conditions:
+                conditions[terms] = self._condition(terms, batch)
+            x_t = torch.cat([scheduler.scale_model_input(latents, t)] * len(terms))
+            parts = self._predict(terms, x_t, t.expand(len(x_t)), conditions[terms]).float().chunk(len(terms))
+            prediction = sum(term.weight * part for term, part in zip(terms, parts, strict=True))
             latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
         return model.decode(latents)
 
-    def _condition(self, batch: Sequence[Request]) -> Condition:
+    def _predict(self, terms: tuple[Term, ...], x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """One forward pass for all terms, or one for each version where they cannot share it."""
+        model, versions = self._model, [term.version for term in terms]
+        if self._versions is None or set(versions) == {TRAINED}:
+            return model.denoise(x_t, t, condition)
+        size = len(x_t) // len(terms)
+        if self._versions.mixes:
+            with self._versions.acting(versions, size):
+                return model.denoise(x_t, t, condition)
+        found = torch.empty_like(x_t)
+        for version in dict.fromkeys(versions):
+            rows = [i for i in range(len(x_t)) if versions[i // size] == version]
+            with self._versions.acting([version]):
+                found[rows] = model.denoise(x_t[rows], t[rows], condition.select(rows)).to(found)
+        return found
+
+    def _condition(self, terms: tuple[Term, ...], batch: Sequence[Request]) -> Condition:
         told = {
             "prompt": [self._rows[request.prompt] for request in batch],
             "null": [self._rows[None]] * len(batch),
         }
-        return self._conditions.select([row for term in self._terms for row in told[term.condition]])
+        if len({id(self._conditions[term.version]) for term in terms}) == 1:
+            rows = [row for term in terms for row in told[term.condition]]
+            return self._conditions[terms[0].version].select(rows)
+        return Condition.cat([self._conditions[term.version].select(told[term.condition]) for term in terms])
 
     def _initial_latents(self, batch: Sequence[Request]) -> Float[Tensor, "b c h w"]:
         shape = self._model.latent_shape(self._config.resolution, self._config.resolution)
         draws = [torch.randn(shape, generator=noise_rng(request)) for request in batch]
         return torch.stack(draws).to(self._model.device)
-
-
-def _scaled(scheduler: Any, latents: Tensor, t: Tensor) -> Tensor:
-    """What the denoiser sees of `latents`; flow schedulers have nothing to scale."""
-    scale = getattr(scheduler, "scale_model_input", None)
-    return latents if scale is None else scale(latents, t)
 
 
 def _to_image(pixels: Float[Tensor, "3 h w"], request: Request) -> Image.Image:

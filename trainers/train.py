@@ -10,6 +10,7 @@ import torch
 from trainers.loop import fit, peak_bytes
 from trainers.method import Method, MethodConfig
 from trainers.rundir import RunDir
+from trainers.version import Lineage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,6 +62,7 @@ def train(config: MethodConfig, run: RunDir, seed: int, cache: Path | None, acce
         fit(method, config, run, accelerator)
         if main:
             method.export(run.adapter)
+        method.model.lineage = Lineage(run.adapter, config.trains_whole)
         accelerator.wait_for_everyone()
     return TrainResult(method, seconds, peak_bytes(accelerator.device))
 

@@ -20,6 +20,7 @@ from trainers.adapters.lora import (
 from trainers.batch import init_seed
 from trainers.errors import ModelError
 from trainers.method import MethodConfig, Trained
+from trainers.version import Lineage
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -59,6 +60,11 @@ class TunedConfig(MethodConfig):
         """Whether prompts can be embedded once for all."""
         return not self.train_text_encoders and self.text_encoder_lora is None
 
+    @property
+    @override
+    def trains_whole(self) -> bool:
+        return self.lora is None or self.train_text_encoders
+
     @override
     def num_trainable(self) -> int:
         return self.num_in_denoiser() + self.num_in_text_encoders()
@@ -84,6 +90,7 @@ class TunedConfig(MethodConfig):
         backbone = self.backbone.load(accelerator.device, self.frozen_dtype())
         if folder is not None:
             load(backbone, folder)
+        backbone.lineage = Lineage(folder, self.trains_whole)
         return backbone
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 from typing_extensions import override
 
 from trainers.adapters.lora import UNET_TARGETS, set_lora_scale
+from trainers.adapters.rows import adapted_rows
 from trainers.backbone import Backbone, Moments, TextEmbeddings
 from trainers.errors import ConfigError, ModelError
 from trainers.pretrained import PretrainedConfig
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from trainers.backbone import Condition, SchedulerName
     from trainers.loss import Prediction
+    from trainers.version import Version, Versions
 
 _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     # Latents are not confined to [-1, 1], so DDIM's own defaults, made for pixels, would be wrong.
@@ -212,6 +214,10 @@ class UnetBackbone(Backbone):
 
         cls, options = _SCHEDULERS[name]
         return getattr(diffusers, cls).from_config(self.config.scheduler_config(), **options)
+
+    @override
+    def versions(self, wanted: Sequence[Version]) -> Versions:
+        return adapted_rows(self, wanted) or super().versions(wanted)
 
     @override
     @contextmanager

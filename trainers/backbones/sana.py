@@ -9,6 +9,7 @@ from pydantic import PositiveInt, model_validator
 from typing_extensions import override
 
 from trainers.adapters.lora import set_lora_scale
+from trainers.adapters.rows import adapted_rows
 from trainers.backbone import Backbone, Condition, Moments, TextEmbeddings
 from trainers.errors import ConfigError, ModelError
 from trainers.pretrained import PretrainedConfig
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from trainers.batch import Geometry
     from trainers.loss import Prediction
     from trainers.prompt import Prompt
+    from trainers.version import Version, Versions
 
 # The stock pipeline's `complex_human_instruction` (diffusers, Apache License 2.0), whose words released models know.
 INSTRUCTION = """\
@@ -279,6 +281,10 @@ class Sana(Backbone):
             same = shipped if shipped.get("_class_name") == "DPMSolverMultistepScheduler" else {}
             return DPMSolverMultistepScheduler.from_config({**same, **flow, **solver})
         raise ConfigError(f"{name} draws from diffusion models; a flow expects {' or '.join(self.config.schedulers)}")
+
+    @override
+    def versions(self, wanted: Sequence[Version]) -> Versions:
+        return adapted_rows(self, wanted) or super().versions(wanted)
 
     @override
     @contextmanager

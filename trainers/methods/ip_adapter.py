@@ -61,6 +61,11 @@ class IpAdapterConfig(TunedConfig):
     joint_dropout: Probability = 0.05
     """Probability that an example is shown with nothing, whatever is dropped besides; as IP-Adapter's 5 % each."""
 
+    @property
+    @override
+    def trains_whole(self) -> bool:
+        return (self.train_unet and self.lora is None) or self.train_text_encoders
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if not isinstance(self.backbone, UnetConfig):
