@@ -6,22 +6,22 @@ the tag `events`, which goes out after the metrics it speaks of; metrics carry t
 changes nothing.
 """
 
-import fcntl
 import importlib
 import json
 import logging
 import os
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from orchestrator.database import open_database
 from orchestrator.tracker import StudyView, TrialView
-from trainers.errors import TrackerError
+from trainers.errors import StorageError, TrackerError
 from trainers.rundir import RunDir, RunResult, thaw
 
 if TYPE_CHECKING:
@@ -54,16 +54,16 @@ def store_errors() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, SQLAlchemyError, CommandError, OSError)
+    return (MlflowException, SQLAlchemyError, CommandError, StorageError, OSError)
 
 
-def find_experiment(store: str, name: str) -> str:
+def find_experiment(store: str, name: str, artifacts: Path | None) -> str:
     """Id of the study's experiment, which is made if it is missing.
 
     Raises:
         TrackerError: It was deleted in the browser.
     """
-    return _find_experiment(_open(store), store, name)
+    return _find_experiment(_open(store), store, name, artifacts)
 
 
 @dataclass
@@ -84,10 +84,12 @@ class _Child:
 class Mirror:
     """One study in one store."""
 
-    def __init__(self, store: str, study: StudyView, trials: Sequence[TrialView]) -> None:
+    def __init__(
+        self, store: str, study: StudyView, trials: Sequence[TrialView], artifacts: Path | None = None
+    ) -> None:
         self._study = study
         self._client = _open(store)
-        self._experiment = _find_experiment(self._client, store, study.name)
+        self._experiment = _find_experiment(self._client, store, study.name, artifacts)
         self._parent = self._find_parent(trials)
         runs = self._search(f"tags.`mlflow.parentRunId` = '{self._parent.run_id}'")
         self._children = {int(run.data.tags["trial"]): _child(run) for run in runs}
@@ -314,31 +316,17 @@ def _open(store: str) -> "MlflowClient":
     _configure()
     from mlflow import MlflowClient
 
-    with _alone(store):
+    # Its first opening makes the tables, which two processes cannot do at once.
+    with nullcontext() if store.startswith("http") else open_database(store).alone():
         client = MlflowClient(tracking_uri=store)
         client.search_experiments(max_results=1)
     return client
 
 
-@contextmanager
-def _alone(store: str) -> Generator[None]:
-    """Hold a lock beside a SQLite file: its first opening makes the tables, which two processes cannot do at once."""
-    if not store.startswith("sqlite"):
-        yield
-        return
-    path = Path(store.removeprefix("sqlite:///"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _find_experiment(client: "MlflowClient", store: str, name: str) -> str:
+def _find_experiment(client: "MlflowClient", store: str, name: str, artifacts: Path | None) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
-        location = None
-        if store.startswith("sqlite"):
-            location = (Path(store.removeprefix("sqlite:///")).parent / "mlartifacts" / name).as_uri()
+        location = (artifacts / name).as_uri() if artifacts else None
         return client.create_experiment(name, location, tags={"mlflow.experimentKind": "custom_model_development"})
     if found.lifecycle_stage != "active":
         raise TrackerError(

@@ -208,10 +208,10 @@ def _size(folder: Path) -> int:
 
 def estimate_rest(spec: StudySpec) -> Estimate:
     """What the study still has to do, measured on the trials it has finished."""
-    from orchestrator.ledger import read_trials
+    from orchestrator.ledger import has_study, read_trials
     from orchestrator.tables import read_result
 
-    trials = read_trials(spec) if (spec.root / "study.db").exists() else []
+    trials = read_trials(spec) if has_study(spec) else []
     results = [(trial.run.path, read_result(trial.run)) for trial in trials if trial.state == "COMPLETE"]
     counted = sum(trial.state in {"COMPLETE", "PRUNED"} for trial in trials)
     return estimate(spec, [(path, result) for path, result in results if result is not None], counted)

@@ -13,6 +13,7 @@ import orchestrator.golden_section  # noqa: F401  # pyright: ignore[reportUnused
 import trainers.methods  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the kinds
 from evaluation.config import EvaluateConfig
 from orchestrator.complaints import complaint, config_error, did_you_mean, shown
+from orchestrator.database import DatabaseUrl
 from orchestrator.launcher import Launcher
 from orchestrator.launchers.local import LocalLauncher
 from orchestrator.objective import Objective
@@ -67,6 +68,8 @@ class StudySpec(Config):
     objective: Objective
     launcher: Launcher = LocalLauncher()
     tracker: Tracker = MlflowTracker()
+    storage: DatabaseUrl | None = None
+    """Where trials and their values are kept; null is `study.db` in the study's folder."""
     limits: Limits = Limits()
     confirm_seeds: int = Field(default=4, ge=0)
     """Fresh seeds per prompt on which winner, defaults and base are compared at the end; 0 is no comparison."""
@@ -80,6 +83,11 @@ class StudySpec(Config):
     def cache(self) -> Path:
         """Frozen work that all studies share."""
         return self.output / "cache"
+
+    @property
+    def database_url(self) -> str:
+        """Where trials and their values are kept."""
+        return self.storage or f"sqlite:///{self.root / 'study.db'}"
 
     @property
     def num_trials(self) -> int:

@@ -1,4 +1,4 @@
-"""Where a study is kept: one SQLite file, one controller at a time, and never two different studies in one place."""
+"""A study in its database: one controller at a time, and never two different studies under one name."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import logging
 import os
 import signal
 import socket
-import sqlite3
 import time
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from pydantic import ValidationError
 
 from orchestrator.complaints import shown
+from orchestrator.database import Database, open_database
 from orchestrator.provenance import versions
 from trainers.errors import StorageError
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_BUSY_SECONDS = 60
-"""How long to wait for another writer of the file; SQLite's own 5 s is short on a busy or a network disk."""
 _LOCK_POLL_SECONDS = 0.2
 _IDENTITY = "identity"
+MOVING = "moving"
+"""Attribute of a study that is still being copied from another database."""
 _VERSIONS = "versions"
 _MAX_LISTED = 3
 
@@ -107,61 +107,110 @@ def _describe(who: dict[str, Any] | None) -> str:
 
 
 def open_study(spec: StudySpec) -> optuna.Study:
-    """Create the study or go on with it. Call with the lock held.
+    """Create the study or go on with it. Call with the lock held; in a shared database it is held there too.
 
     Raises:
-        StorageError: The file is damaged, or holds another study; the message says what differs.
+        StorageError: The database is damaged, of another version, or holds another study; the message says what
+            differs.
     """
-    path = spec.root / "study.db"
-    is_new = not path.exists()
-    if is_new:
-        if (spec.root / "trials").exists():
-            raise StorageError(
-                f"{spec.root}/trials: got trials of a study whose study.db is gone; move the folder away"
-            )
-        with closing(sqlite3.connect(path)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")  # kept in the file; readers and the writer do not wait
-    study = _connect(spec, path)
-    _check_identity(spec, study, path)
+    database = open_database(spec.database_url)
+    is_new = spec.name not in _studies(spec, database)
+    if is_new and (spec.root / "trials").exists():
+        raise StorageError(
+            f"{spec.root}/trials: got trials of study {spec.name!r}, which {database} does not hold; expected the "
+            "database that it was started with, or no such folder; correct `storage`, or move the folder away"
+        )
+    storage = open_tables(database, spec.name)
+    try:
+        study = _study(spec, storage)
+        _check_folder(spec, study, database)
+        _check_identity(spec, study, database)
+    except StorageError:
+        storage.remove_session()
+        storage.engine.dispose()  # which lets go of the study
+        raise
     _note_versions(study)
     return study
 
 
-def read_study(spec: StudySpec) -> optuna.Study:
-    """The study as it is now, for looking at.
+def read_study(spec: StudySpec, *, is_held: bool = False) -> optuna.Study:
+    """The study as it is now, to look at, or to end what it runs if `is_held`.
 
     Raises:
-        StorageError: There is none, or it cannot be read.
+        StorageError: There is none, it cannot be read, or another process holds it.
     """
-    path = spec.root / "study.db"
-    if not path.exists():
-        raise StorageError(f"{path}: got no such file; expected a study; start it with `python -m orchestrator run`")
-    return _connect(spec, path)
+    database = open_database(spec.database_url)
+    if spec.name not in _studies(spec, database):
+        raise StorageError(
+            f"{database}: got no study {spec.name!r}; expected one; start it with `python -m orchestrator run`"
+        )
+    return _study(spec, open_tables(database, spec.name if is_held else None))
 
 
-def _connect(spec: StudySpec, path: Path) -> optuna.Study:
+def open_tables(database: Database, held: str | None = None) -> optuna.storages.RDBStorage:
+    """Optuna's storage in `database`, with its tables made and of the version that this Optuna knows.
+
+    Args:
+        database: Where.
+        held: A study that only this process may change from now on.
+
+    Raises:
+        StorageError: It cannot be opened, is something else, or has another version.
+    """
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        storage = optuna.storages.RDBStorage(
-            f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS}}
+        with database.alone():
+            storage = optuna.storages.RDBStorage(database.url, engine_kwargs=database.engine())
+        if held is None:
+            return storage
+        storage.engine.dispose()
+        return optuna.storages.RDBStorage(
+            database.url, database.engine(held), skip_compatibility_check=True, skip_table_creation=True
         )
-        names = [s.study_name for s in storage.get_all_studies()]
-        if names not in ([], [spec.name]):
-            raise StorageError(f"{path}: got study {names[0]!r}; expected {spec.name!r}; move the folder away")
-        return optuna.create_study(
-            storage=storage,
-            study_name=spec.name,
-            direction="maximize",
-            sampler=_sampler(spec),
-            pruner=spec.pruner.build(),
-            load_if_exists=True,
+    except RuntimeError as error:
+        problem = str(error).replace("$STORAGE_URL", repr(database.url))
+        raise StorageError(f"{database}: got tables of another version; {problem}") from error
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        problem = " ".join(str(error.__cause__ or error).partition("(Background")[0].split())
+        raise StorageError(f"{database}: got {problem}; expected {database.expected}") from error
+
+
+def _studies(spec: StudySpec, database: Database) -> list[str]:
+    names = database.studies()
+    if spec.storage is None and names not in ([], [spec.name]):
+        raise StorageError(f"{database}: got study {names[0]!r}; expected {spec.name!r}; move the folder away")
+    return names
+
+
+def _study(spec: StudySpec, storage: optuna.storages.RDBStorage) -> optuna.Study:
+    import optuna
+
+    return optuna.create_study(
+        storage=storage,
+        study_name=spec.name,
+        direction="maximize",
+        sampler=_sampler(spec),
+        pruner=spec.pruner.build(),
+        load_if_exists=True,
+    )
+
+
+def _check_folder(spec: StudySpec, study: optuna.Study, database: Database) -> None:
+    """A shared database may hold a study of that name whose trials lie in another folder."""
+    if study.user_attrs.get(MOVING):
+        raise StorageError(
+            f"{database}: got study {spec.name!r}, whose move was interrupted; expected all of it; run "
+            "`python -m orchestrator move` again"
         )
-    except (SQLAlchemyError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
-        problem = str(error).partition("\n")[0]
-        raise StorageError(f"{path}: got {problem}; expected a study's SQLite file") from error
+    started = [trial.number for trial in study.get_trials(deepcopy=False) if "sha256" in trial.user_attrs]
+    if started and not (spec.root / "trials").exists():
+        raise StorageError(
+            f"{database}: got study {spec.name!r} with {len(started)} started trials, none of which is in "
+            f"{spec.root}/trials; expected their folders; correct `output`, or give the study a new `name`"
+        )
 
 
 def _sampler(spec: StudySpec) -> optuna.samplers.BaseSampler:
@@ -177,7 +226,7 @@ def _identity(spec: StudySpec) -> dict[str, Any]:
     return tree
 
 
-def _check_identity(spec: StudySpec, study: optuna.Study, path: Path) -> None:
+def _check_identity(spec: StudySpec, study: optuna.Study, database: Database) -> None:
     now = _identity(spec)
     stored = study.user_attrs.get(_IDENTITY)
     if stored is None:
@@ -195,8 +244,8 @@ def _check_identity(spec: StudySpec, study: optuna.Study, path: Path) -> None:
         )
         more = f" and {len(changed) - _MAX_LISTED} more" if len(changed) > _MAX_LISTED else ""
         raise StorageError(
-            f"{path}: got another study than the stored one: {listed}{more}; expected the same trial, search, sampler, "
-            "pruner and objective; undo the change, or give the study a new `name`"
+            f"{database}: got another study than the stored one: {listed}{more}; expected the same trial, search, "
+            "sampler, pruner and objective; undo the change, or give the study a new `name`"
         )
 
 

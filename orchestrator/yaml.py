@@ -189,8 +189,12 @@ class _Reader:
         return self.name if self.below else f"{self.name}:{mark.line + 1}"
 
 
+_PASSWORD = re.compile(r"(?<=:)[^:@/\s]+(?=@)|(?<=password=)[^&\s]+")
+"""In an address; it was typed, and is not repeated."""
+
+
 def _assign(document: Document, assignment: str) -> Document:
-    name = f"--set {assignment}"
+    name = f"--set {_PASSWORD.sub('…', assignment)}"
     dotted, separator, text = assignment.partition("=")
     if not separator or not all(dotted.split(".")):
         raise ConfigError(f"{name}: got {assignment!r}; expected dotted.path=value, for example trial.seed=1")

@@ -10,6 +10,7 @@ from urllib.parse import quote, urlencode
 from pydantic import AfterValidator, PrivateAttr
 from typing_extensions import override
 
+from orchestrator.database import SqliteDatabase, check_url, open_database
 from orchestrator.server import HOST, choose_port, running
 from orchestrator.tracker import StudyView, Tracker, TrialView
 from trainers.errors import TrackerError
@@ -23,11 +24,9 @@ _LONGEST_PATIENCE_SECONDS = 60.0
 
 
 def _is_store(uri: str) -> str:
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        raise ValueError(f"got {uri!r}; expected an absolute path: sqlite:////folder/mlflow.db")
-    if not uri.startswith(("sqlite:////", "http://", "https://")):
-        raise ValueError(f"got {uri!r}; expected sqlite:////folder/mlflow.db, http://… or https://…")
-    if "@" in uri and not uri.startswith("sqlite"):
+    if not uri.startswith(("http://", "https://")):
+        return check_url(uri)
+    if "@" in uri:
         raise ValueError(
             "got a user name in the address; expected it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
             "because a study file is copied into every store"
@@ -40,7 +39,8 @@ class MlflowTracker(Tracker):
 
     kind: Literal["mlflow"] = "mlflow"
     uri: Annotated[str, AfterValidator(_is_store)] | None = None
-    """`sqlite:////folder/mlflow.db` or `http://host:port`; null is `mlflow.db` beside the study's folder."""
+    """`sqlite:////folder/mlflow.db`, `postgresql://user@host/database` or `http://host:port`; null is `mlflow.db`
+    beside the study's folder. Pictures and adapters go to `mlartifacts` beside the study's folder, or to the server."""
 
     _mirror: "Mirror | None" = PrivateAttr(default=None)
     _failure: str = PrivateAttr(default="")
@@ -58,7 +58,7 @@ class MlflowTracker(Tracker):
 
         try:
             if self._mirror is None:
-                self._mirror = Mirror(self._store(study.root), study, started)
+                self._mirror = Mirror(self._store(study.root), study, started, self._artifacts(study.root))
             self._mirror.update(started)
         except (TrackerError, *store_errors()) as error:
             end = time.monotonic()
@@ -73,11 +73,11 @@ class MlflowTracker(Tracker):
 
         store = self._store(root)
         try:
-            experiment = find_experiment(store, name)
+            experiment = find_experiment(store, name, self._artifacts(root))
         except store_errors() as error:
             raise TrackerError(f"{store}: cannot be opened ({_first_line(error)})") from error
         pages = f"/#/experiments/{experiment}/runs?{urlencode(_BEST_FIRST, quote_via=quote)}"
-        if not store.startswith("sqlite"):
+        if _is_server(store):
             say(f"This study's pages: {store.rstrip('/')}{pages}")
             return
         chosen = choose_port(port)
@@ -85,12 +85,27 @@ class MlflowTracker(Tracker):
             say(f"Port {port} is taken; using {chosen}.")
         address = f"http://{HOST}:{chosen}"
         say("Starting the MLflow server …")
-        with running(_server(store, chosen), _SERVER_ENVIRONMENT, f"{address}/health") as process:
+        server = _server(store, self._artifacts(root), chosen)
+        with running(server, _SERVER_ENVIRONMENT, f"{address}/health") as process:
             say(f"This study's pages: {address}{pages}\nCtrl-C ends the server.")
             process.wait()
 
     def _store(self, root: Path) -> str:
-        return self.uri or f"sqlite:///{root.parent.resolve() / 'mlflow.db'}"
+        uri = self.uri or f"sqlite:///{root.parent.resolve() / 'mlflow.db'}"
+        return uri if _is_server(uri) else open_database(uri).url
+
+    def _artifacts(self, root: Path) -> Path | None:
+        """Where pictures and adapters go; None is where the server keeps them."""
+        store = self._store(root)
+        if _is_server(store):
+            return None
+        database = open_database(store)
+        beside = database.path if isinstance(database, SqliteDatabase) else root.resolve()
+        return beside.parent / "mlartifacts"
+
+
+def _is_server(store: str) -> bool:
+    return store.startswith("http")
 
 
 _BEST_FIRST = {
@@ -108,8 +123,8 @@ _SERVER_ENVIRONMENT = {
 """Without the second line the server starts eight more processes."""
 
 
-def _server(store: str, port: int) -> list[str]:
-    artifacts = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts"
+def _server(store: str, artifacts: Path | None, port: int) -> list[str]:
+    assert artifacts is not None
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
     command += ["--uvicorn-opts", "--log-level warning"]
     return [*command, "--default-artifact-root", artifacts.as_uri(), "--host", HOST, "--port", str(port)]

@@ -198,7 +198,7 @@ def test_trials_without_their_storage_are_refused(call: Any, world: Path):
     finish(world.parent, 0.1)
     for file in (world.parent / "runs" / "t").glob("study.db*"):
         file.unlink()
-    refused(call("run", str(world)), "study.db is gone")
+    refused(call("run", str(world)), "study.db does not hold")
 
 
 def test_a_second_controller_is_told_about_the_first(call: Any, world: Path):
@@ -209,7 +209,7 @@ def test_a_second_controller_is_told_about_the_first(call: Any, world: Path):
 
 @pytest.mark.parametrize("command", ["status", "best", "cancel"])
 def test_a_study_that_was_never_run_is_refused(call: Any, world: Path, command: str):
-    refused(call(command, str(world)), "study.db: got no such file", "python -m orchestrator run")
+    refused(call(command, str(world)), "study.db: got no study 't'", "python -m orchestrator run")
 
 
 def test_plan_shows_the_first_trial_the_search_space_and_what_it_takes(call: Any, world: Path):

@@ -202,8 +202,8 @@ def test_a_config_is_flattened_to_dotted_paths() -> None:
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("sqlite:///mlflow.db", "absolute path"),
-        ("postgresql://host/db", "expected sqlite"),
+        ("sqlite:///mlflow.db", "sqlite:////folder"),
+        ("mysql://host/db", "expected sqlite"),
         ("http://me:secret@host", "MLFLOW_TRACKING_PASSWORD"),
     ],
 )

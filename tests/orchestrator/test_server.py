@@ -68,6 +68,6 @@ def test_a_store_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 
 def test_pages_of_a_server_that_already_runs_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("orchestrator.mlflow_mirror.find_experiment", lambda store, name: "7")
+    monkeypatch.setattr("orchestrator.mlflow_mirror.find_experiment", lambda store, name, artifacts: "7")
     MlflowTracker(uri="http://tracking.example/").serve("zog", tmp_path, 5000, said.append)
     assert said[0].startswith("This study's pages: http://tracking.example/#/experiments/7/runs?")
