@@ -3,10 +3,11 @@
 from collections import Counter
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PositiveInt
 
 import evaluation.metrics  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the kinds
 from evaluation.metric import Metric
+from trainers.config import Config
 from trainers.errors import ModelError
 from trainers.guidance import SamplingConfig
 from trainers.prompt import Prompt
@@ -51,3 +52,14 @@ class EvaluateConfig(SamplingConfig):
                 metric.check()
             except ModelError as error:
                 raise ModelError(f"metrics.{name}: {error}") from error
+
+
+class ReportConfig(Config):
+    """The first prompts and seeds of `evaluate`, drawn and scored as `evaluate` does it."""
+
+    every: PositiveInt
+    """Optimizer steps; the end of training has no report, because the whole panel follows."""
+    prompts: PositiveInt = 4
+    """How many of `evaluate.prompts`."""
+    seeds: PositiveInt = 1
+    """How many of `evaluate.seeds`."""

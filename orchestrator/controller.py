@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from orchestrator.launcher import Job, JobId, JobState
 from orchestrator.panels import NOTES, NOTES_FILE, PROMPT_VALUES, prompt_values
+from orchestrator.reports import Reports
 from orchestrator.search import Value
 from orchestrator.spec import StudySpec
 from orchestrator.tracker import StudyView, TrialView
@@ -46,6 +47,10 @@ class Controller:
     """Told about the study after every step, after the tracker."""
     _tracker_is_down: bool = field(default=False, init=False)
     _failures_before: frozenset[int] = field(default=frozenset(), init=False)
+    _reports: Reports = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._reports = Reports(self.spec, self.study)
 
     def run(self) -> None:
         """Ask, submit, poll and tell until the study has all its trials.
@@ -74,7 +79,10 @@ class Controller:
     def step(self) -> bool:
         """Move every running trial forward and start new ones; True when there is nothing left."""
         for frozen in self._trials(TrialState.RUNNING):
-            self._advance(frozen)
+            if "sha256" in frozen.user_attrs:
+                self._advance(frozen)
+            else:  # we stopped between ask and submit
+                self._start(self._attach(frozen))
         self._stop_if_hopeless()
         self._note()
         while not self._is_full():
@@ -160,9 +168,7 @@ class Controller:
     def _advance(self, frozen: FrozenTrial) -> None:
         trial, run = self._attach(frozen), run_dir(self.spec.root, frozen.number)
         job_id = JobId(trial.user_attrs.get("job_id", ""))
-        if "sha256" not in trial.user_attrs:  # we stopped between ask and submit
-            self._start(trial)
-            return
+        self._reports.read(trial, run)
         state = self.spec.launcher.poll(job_id) if job_id else JobState.ENDED  # first: what it wrote is then complete
         if run.result.exists():
             self._score(trial, run)
@@ -177,8 +183,14 @@ class Controller:
         elif time.time() - trial.user_attrs["submitted"] > self.spec.launcher.timeout_minutes * 60:
             self.spec.launcher.cancel(job_id)
             self._lose(trial, run, job_id, f"the job took longer than {self.spec.launcher.timeout_minutes} minutes")
-        else:
-            self._prune(trial, run, frozen, job_id)
+        elif self._reports.prune(frozen.number):
+            self._prune(trial, job_id)
+
+    def _prune(self, trial: Trial, job_id: JobId) -> None:
+        self.spec.launcher.cancel(job_id)
+        trial.set_user_attr("reason", "pruned")
+        trial.set_user_attr("message", self._reports.verdict(trial.number))
+        self.study.tell(trial, state=TrialState.PRUNED)
 
     def _score(self, trial: Trial, run: RunDir) -> None:
         try:
@@ -209,17 +221,6 @@ class Controller:
             trial.set_user_attr("reason", "lost")
             trial.set_user_attr("message", f"{why}, {len(lost)} times")
             self.study.tell(trial, state=TrialState.FAIL)
-
-    def _prune(self, trial: Trial, run: RunDir, frozen: FrozenTrial, job_id: JobId) -> None:
-        known = frozen.intermediate_values
-        for _, event in run.read_events():
-            if event["event"] == "report" and event["step"] not in known:
-                trial.report(event["value"], event["step"])
-                if trial.should_prune():
-                    self.spec.launcher.cancel(job_id)
-                    trial.set_user_attr("reason", "pruned")
-                    self.study.tell(trial, state=TrialState.PRUNED)
-                    return
 
     def _fail(self, trial: Trial, error: RunError) -> None:
         trial.set_user_attr("reason", error.reason)

@@ -1,4 +1,4 @@
-"""What is searched, and how: parameters, samplers and pruners. Optuna is imported when a study is opened, not before.
+"""What is searched, and how: parameters and samplers. Optuna is imported when a study is opened, not before.
 
 A draw is a function of (the sampler's seed, the trial's number, the trials so far) and of nothing else: however often
 the controller is killed and started again, a study asks for the same trials.
@@ -327,23 +327,3 @@ def _rng(seed: int, number: int) -> np.random.Generator:
     import numpy as np
 
     return np.random.default_rng([seed, number])
-
-
-class Pruner(Choice):
-    """Family of `pruner:` sections: judges running trials by the values that their jobs report."""
-
-    @abstractmethod
-    def build(self) -> optuna.pruners.BasePruner:
-        """The same for Optuna."""
-
-
-class NoPruner(Pruner):
-    """Every trial runs to its end."""
-
-    kind: Literal["none"] = "none"
-
-    @override
-    def build(self) -> optuna.pruners.BasePruner:
-        import optuna
-
-        return optuna.pruners.NopPruner()

@@ -11,13 +11,14 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 import orchestrator.golden_section  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the kind
 import trainers.methods  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the kinds
-from evaluation.config import EvaluateConfig
+from evaluation.config import EvaluateConfig, ReportConfig
 from orchestrator.complaints import complaint, config_error, did_you_mean, shown
 from orchestrator.database import DatabaseUrl
 from orchestrator.launcher import Launcher
 from orchestrator.launchers.local import LocalLauncher
 from orchestrator.objective import Objective
-from orchestrator.search import NoPruner, Parameter, Pruner, Sampler, TpeSampler, Value
+from orchestrator.pruners import NoPruner, Pruner
+from orchestrator.search import Parameter, Sampler, TpeSampler, Value
 from orchestrator.tracker import Tracker
 from orchestrator.trackers.mlflow import MlflowTracker
 from orchestrator.yaml import Document, Location, Tree, load
@@ -35,6 +36,8 @@ class TrialSpec(Config):
     """All randomness of training follows from it."""
     train: MethodConfig
     evaluate: EvaluateConfig
+    report: ReportConfig | None = None
+    """A small panel that is scored while the trial trains, for the study's pruner; null scores none."""
 
     @model_validator(mode="after")
     def _guidance_finds_its_versions(self) -> Self:
@@ -152,6 +155,22 @@ class StudySpec(Config):
                 message = f"got score {name!r}; expected one of trial.evaluate.metrics; {did_you_mean(name, known)}"
                 _reject(("objective",), name, message)
         return self
+
+    @model_validator(mode="after")
+    def _pruner_has_reports(self) -> Self:
+        report = self.trial.report
+        if self.pruner.needs_reports and report is None:
+            message = f"got {self.pruner.model_dump()['kind']} without trial.report; expected when and on what to judge"
+            _reject(("pruner",), self.pruner.model_dump(), message)
+        if report is not None and report.every >= (longest := self._longest()):
+            message = f"got {report.every} for trials of at most {longest} steps; expected less, or no report"
+            _reject(("trial", "report", "every"), report.every, message)
+        return self
+
+    def _longest(self) -> int:
+        """Optimizer steps of the longest trial."""
+        steps = self.search.get("train.steps")
+        return max(int(cast("float", step)) for step in steps.corners()) if steps else self.trial.train.steps
 
     def _default(self, path: str) -> object:
         return _get(self.trial.model_dump(mode="json"), path)

@@ -193,7 +193,7 @@ def _study(spec: StudySpec, storage: optuna.storages.RDBStorage) -> optuna.Study
         study_name=spec.name,
         direction="maximize",
         sampler=_sampler(spec),
-        pruner=spec.pruner.build(),
+        pruner=optuna.pruners.NopPruner(),  # ours judges what jobs report: orchestrator/pruners.py
         load_if_exists=True,
     )
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from evaluation.config import EvaluateConfig
+    from evaluation.report import Reporter
     from trainers.method import Method
     from trainers.rundir import Score
 
@@ -104,7 +105,8 @@ def _work(run: RunDir, sha256: str, cache: Path) -> None:
 
     accelerator = build_accelerator(spec.train)
     seconds = {"start": time.time() - psutil.Process(os.getppid()).create_time()}
-    trained = train(spec.train, run, spec.seed, cache, accelerator)
+    watch = _watch(spec, run, cache, accelerator) if spec.report else None
+    trained = train(spec.train, run, spec.seed, cache, accelerator, watch=watch)
     scores = _evaluate(spec.evaluate, run, cache, trained.method, accelerator)
     if accelerator.is_main_process:
         from trainers.loop import peak_bytes
@@ -117,6 +119,18 @@ def _work(run: RunDir, sha256: str, cache: Path) -> None:
         )
         run.write(run.result, result)
     accelerator.end_training()
+
+
+def _watch(spec: TrialSpec, run: RunDir, cache: Path, accelerator: Accelerator) -> Reporter:
+    """What scores the small panel while the trial trains."""
+    from accelerate.utils import gather_object
+
+    from evaluation.evaluate import Ranks
+    from evaluation.report import Reporter
+
+    assert spec.report is not None
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes, gather_object)
+    return Reporter(spec.report, spec.evaluate, run, cache, ranks, accelerator.autocast)
 
 
 def _evaluate(

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -25,8 +25,24 @@ from trainers.validation import ValidationConfig, check_held_out, validate
 log = logging.getLogger(__name__)
 
 
-def fit(method: Method, config: MethodConfig, run: RunDir, accelerator: Accelerator) -> None:
+class Watch(Protocol):
+    """Someone who wants to see a method while it is trained; the loop does not know what for."""
+
+    def due(self, step: int) -> bool:
+        """Whether to look after so many steps. The end of training is not asked about."""
+        ...
+
+    def look(self, method: Method, step: int) -> None:
+        """See it, in evaluation mode. Training's random numbers must not be touched."""
+        ...
+
+
+def fit(
+    method: Method, config: MethodConfig, run: RunDir, accelerator: Accelerator, watch: Watch | None = None
+) -> None:
     """Train `method` to `config.steps` from the run's newest intact checkpoint, or from the start.
+
+    `watch` is called, on every rank, while the networks carry the weights to be judged.
 
     An interrupted run that is started again ends with the weights of one that was not.
 
@@ -42,7 +58,7 @@ def fit(method: Method, config: MethodConfig, run: RunDir, accelerator: Accelera
             f"({accelerator.num_processes}): each needs an example"
         )
     _prepare(method, config, accelerator)
-    training = _Training(method, config, run, accelerator)
+    training = _Training(method, config, run, accelerator, watch)
     step = training.restore()
     with _training_mode(method):
         while step < config.steps:
@@ -92,8 +108,16 @@ class _Step(nn.Module):
 class _Training:
     """A method, its optimizer, and what has happened since the last report."""
 
-    def __init__(self, method: Method, config: MethodConfig, run: RunDir, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        method: Method,
+        config: MethodConfig,
+        run: RunDir,
+        accelerator: Accelerator,
+        watch: Watch | None = None,
+    ) -> None:
         self.method, self.config, self.run, self.accelerator = method, config, run, accelerator
+        self.watch = watch
         self.parameters = {
             f"{name}.{key}": parameter
             for name, trained in method.trained().items()
@@ -183,7 +207,8 @@ class _Training:
         validation = config.validation if config.validation and self.due(step, config.validation.every) else None
         samples = config.samples if config.samples and self.due(step, config.samples.every) else None
         weak = step == config.weak_step
-        if not (validation or samples or weak):
+        watch = self.watch if self.watch and self.watch.due(step) and step < self.config.steps else None
+        if not (validation or samples or weak or watch):
             return
         clock = time.monotonic()
         with self._judged():
@@ -191,6 +216,8 @@ class _Training:
                 self._validate(step, validation)
             if samples:
                 self._draw(step, samples)
+            if watch:
+                watch.look(self.method, step)
             if weak and self.accelerator.is_main_process:
                 self.method.export(self.run.adapter / "weak")
         self.clock += time.monotonic() - clock

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainers.loop import fit, peak_bytes
+from trainers.loop import Watch, fit, peak_bytes
 from trainers.method import Method, MethodConfig
 from trainers.rundir import RunDir
 from trainers.version import Lineage
@@ -38,7 +38,15 @@ def build_accelerator(config: MethodConfig) -> "Accelerator":
     return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[parallel])
 
 
-def train(config: MethodConfig, run: RunDir, seed: int, cache: Path | None, accelerator: "Accelerator") -> TrainResult:
+def train(
+    config: MethodConfig,
+    run: RunDir,
+    seed: int,
+    cache: Path | None,
+    accelerator: "Accelerator",
+    *,
+    watch: Watch | None = None,
+) -> TrainResult:
     """Train from the run's newest checkpoint, or from the start, and export the adapter.
 
     Args:
@@ -47,6 +55,7 @@ def train(config: MethodConfig, run: RunDir, seed: int, cache: Path | None, acce
         seed: Determines initial weights, order, noise, timesteps and dropout.
         cache: Folder of frozen work shared by all trials; None computes everything anew.
         accelerator: From `build_accelerator`.
+        watch: Sees the method while it is trained.
 
     Raises:
         ModelError, DataError, ConfigError, CheckpointError, NonFiniteError: See `trainers.errors`.
@@ -59,7 +68,7 @@ def train(config: MethodConfig, run: RunDir, seed: int, cache: Path | None, acce
         unreadable = [str(path) for path in method.unreadable]
         run.append("data", train=len(method.examples), held_out=len(method.held_out), unreadable=unreadable)
     with _Stage("train", run if main else None, seconds):
-        fit(method, config, run, accelerator)
+        fit(method, config, run, accelerator, watch)
         if main:
             method.export(run.adapter)
         method.model.lineage = Lineage(run.adapter, config.trains_whole)

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,7 +12,7 @@ import optuna
 from orchestrator.controller import Controller
 from orchestrator.drawing import DrawingSampler
 from orchestrator.launcher import Job, JobId, JobState, Launcher
-from orchestrator.search import Pruner
+from orchestrator.pruners import Curve, Pruner
 from orchestrator.spec import StudySpec
 from orchestrator.tracker import Tracker
 from tests.orchestrator.studies import load, score
@@ -100,8 +100,8 @@ def registered_cluster() -> Iterator[Cluster]:  # noqa: C901  three small classe
     class Threshold(Pruner):
         kind: Literal["threshold"] = "threshold"
 
-        def build(self) -> optuna.pruners.BasePruner:
-            return optuna.pruners.ThresholdPruner(lower=0.3)
+        def prunes(self, own: Curve, others: Sequence[Curve]) -> bool:
+            return own.reports[own.last] < 0.3
 
     yield the_cluster
     for family, kind in ((Launcher, "fake"), (Tracker, "broken"), (Pruner, "threshold")):
@@ -128,7 +128,6 @@ def drive(spec: StudySpec) -> tuple[optuna.Study, int]:
             direction="maximize",
             load_if_exists=True,
             sampler=DrawingSampler(spec.sampler, spec.search, spec.defaults()),
-            pruner=spec.pruner.build(),
         )
         try:
             Controller(spec, study).run()

@@ -1,0 +1,78 @@
+"""A small panel that is scored while a trial trains, so that hopeless trials can be ended early."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from trainers.prompt import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from evaluation.config import EvaluateConfig, ReportConfig
+    from evaluation.evaluate import Ranks
+    from evaluation.metric import Scorer
+    from trainers.method import Method
+    from trainers.rundir import RunDir
+
+
+class Reporter:
+    """Appends `report` events: the mean of each metric, and its mean for each prompt."""
+
+    def __init__(
+        self,
+        report: ReportConfig,
+        config: EvaluateConfig,
+        run: RunDir,
+        cache: Path,
+        ranks: Ranks,
+        autocast: Callable[..., AbstractContextManager[None]],
+    ) -> None:
+        self._report, self._config, self._run, self._cache = report, config, run, cache
+        self._ranks, self._autocast = ranks, autocast
+        self._scorers: dict[str, Scorer] | None = None
+        """Opened at the first report, and kept."""
+
+    def due(self, step: int) -> bool:
+        """Whether a report is wanted after so many steps."""
+        return step % self._report.every == 0
+
+    def look(self, method: Method, step: int) -> None:
+        """Draw and score the panel; ranks share the work."""
+        from trainers.sampling import generate
+
+        scorers = self._open(method)
+        prompts = self._config.prompts[: self._report.prompts]
+        seeds = self._config.seeds[: self._report.seeds]
+        requests = [Request(prompt, seed) for prompt in prompts for seed in seeds]
+        with self._autocast():
+            samples = list(generate(method.model, requests[self._ranks.rank :: self._ranks.world], self._config))
+        keys = [(str(sample.prompt), sample.seed) for sample in samples]
+        columns = {name: scorer.values(samples) if samples else [] for name, scorer in scorers.items()}
+        rows = [(key, {name: column[row] for name, column in columns.items()}) for row, key in enumerate(keys)]
+        found = dict(self._ranks.gather(rows))
+        if self._ranks.rank != 0:
+            return
+        means = {name: [_mean([found[str(p), seed][name] for seed in seeds]) for p in prompts] for name in scorers}
+        self._run.append(
+            "report", step=step, scores={name: _mean(values) for name, values in means.items()}, prompts=means
+        )
+
+    def _open(self, method: Method) -> dict[str, Scorer]:
+        if self._scorers is None:
+            from evaluation.encoders import ClipEncoders
+            from trainers.cache import Cache
+
+            encoders = ClipEncoders(method.model.device, Cache(self._cache))
+            metrics = self._config.metrics.items()
+            self._scorers = {name: metric.open(encoders, method.held_out) for name, metric in metrics}
+        return self._scorers
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean of what is defined, as the final scores have it; None, JSON's null, if nothing is."""
+    defined = [value for value in values if value is not None and not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else None
