@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 from typing_extensions import override
 
 from trainers.adapters.lora import UNET_TARGETS, set_lora_scale
-from trainers.adapters.rows import adapted_rows
 from trainers.backbone import Backbone, Moments, TextEmbeddings
 from trainers.errors import ConfigError, ModelError
 from trainers.pretrained import PretrainedConfig
@@ -217,6 +216,8 @@ class UnetBackbone(Backbone):
 
     @override
     def versions(self, wanted: Sequence[Version]) -> Versions:
+        from trainers.adapters.rows import adapted_rows
+
         return adapted_rows(self, wanted) or super().versions(wanted)
 
     @override

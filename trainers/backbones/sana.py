@@ -9,7 +9,6 @@ from pydantic import PositiveInt, model_validator
 from typing_extensions import override
 
 from trainers.adapters.lora import set_lora_scale
-from trainers.adapters.rows import adapted_rows
 from trainers.backbone import Backbone, Condition, Moments, TextEmbeddings
 from trainers.errors import ConfigError, ModelError
 from trainers.pretrained import PretrainedConfig
@@ -284,6 +283,8 @@ class Sana(Backbone):
 
     @override
     def versions(self, wanted: Sequence[Version]) -> Versions:
+        from trainers.adapters.rows import adapted_rows
+
         return adapted_rows(self, wanted) or super().versions(wanted)
 
     @override
