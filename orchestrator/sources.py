@@ -11,6 +11,7 @@ from evaluation.config import MetricName
 from evaluation.metric import Metric
 from evaluation.records import read_records
 from evaluation.subjects import list_pictures, map_folders, match_prompts, read_book, read_table, subject_folders
+from orchestrator.complaints import config_error
 from orchestrator.spec import TrialSpec
 from orchestrator.yaml import load
 from trainers.errors import ConfigError, DataError
@@ -68,6 +69,21 @@ def read_trial(folder: Path) -> TrialSpec | None:
         return TrialSpec.model_validate(thaw(file))
     except ValidationError as error:
         raise ConfigError(f"{file}: not a trial of this version ({error.errors()[0]['msg']}); run it again") from error
+
+
+def change_trial(folder: Path, sets: Sequence[str]) -> TrialSpec:
+    """The frozen trial of a run directory with `dotted.path=value` changes; the file stays as it is.
+
+    Raises:
+        ConfigError: There is no such path, or the change makes no valid trial.
+    """
+    thaw(RunDir(folder).trial)  # refuses a file that was edited
+    document = load(RunDir(folder).trial, sets)
+    tree = {key: value for key, value in document.tree.items() if key != "sha256"}
+    try:
+        return TrialSpec.model_validate(tree)
+    except ValidationError as error:
+        raise config_error(error, document, TrialSpec) from error
 
 
 def read_metrics(path: Path, sets: Sequence[str]) -> dict[str, Metric]:

@@ -39,7 +39,7 @@ def test_it_survives_a_study_file(open_clip_folder):
         ({"metrics": {"Clip T": {"kind": "clip_text", "model": "/x"}}}, "match pattern"),
         (
             {"metrics": {"x": {"kind": "fid"}}},
-            "unknown kind 'fid'; expected one of aesthetic, clip_image, clip_text, identity",
+            "unknown kind 'fid'; expected one of aesthetic, clip_image, clip_text, dino, identity, preference",
         ),
         ({"metrics": {"x": {"kind": "clip_text", "model": "x"}}}, "expected a path that begins with"),
         ({"sampler": "ddim"}, "Extra inputs"),
@@ -85,11 +85,11 @@ sys.exit(", ".join(name for name in ("torch", "diffusers", "transformers", "open
 
 def test_every_kind_of_metric_passes_the_contract():
     from tests.contracts.metric import MetricContract
-    from tests.evaluation.metrics import test_aesthetic, test_clip, test_identity
+    from tests.evaluation.metrics import test_aesthetic, test_clip, test_dino, test_identity, test_preference
 
     tested = {
         name.removeprefix("Test")
-        for module in (test_aesthetic, test_clip, test_identity)
+        for module in (test_aesthetic, test_clip, test_dino, test_identity, test_preference)
         for name, value in vars(module).items()
         if name.startswith("Test") and issubclass(value, MetricContract)
     }
