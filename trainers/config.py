@@ -18,6 +18,7 @@ class Config(BaseModel):
         validate_default=True,
         polymorphic_serialization=True,
         use_attribute_docstrings=True,
+        defer_build=True,
     )
 
 
