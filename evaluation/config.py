@@ -22,7 +22,9 @@ def _all_different(values: tuple[T, ...]) -> tuple[T, ...]:
     return values
 
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+MAX_SEED = 2**63
+"""What numpy's seed sequences and a file's columns hold."""
+Seed = Annotated[int, Field(ge=0, lt=MAX_SEED)]
 MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
@@ -40,6 +42,11 @@ class EvaluateConfig(SamplingConfig):
     def needs_references(self) -> bool:
         """Whether a metric compares with held-out pictures."""
         return any(metric.needs_references for metric in self.metrics.values())
+
+    @property
+    def higher_is_better(self) -> dict[str, bool]:
+        """The direction of each metric."""
+        return {name: metric.higher_is_better for name, metric in self.metrics.items()}
 
     def check(self) -> None:
         """Look for every file that scoring needs, without torch.

@@ -8,9 +8,11 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float32
 from PIL import Image
+from typing_extensions import override
 
 from trainers.batch import Source
 from trainers.config import Choice
+from trainers.errors import DataError
 from trainers.prompt import Sample
 
 
@@ -70,6 +72,38 @@ class Scorer(ABC):
         """One raw value per sample; NaN where the metric has none."""
 
 
+class PromptScorer(Scorer):
+    """Cosine between a picture and its full prompt, or what that says the picture `shows`; never clipped."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.model = encoder.model
+        self._encoder = encoder
+
+    @override
+    def values(self, samples: Sequence[Sample]) -> list[float]:
+        images = self._encoder.embed_images([sample.image for sample in samples])
+        prompts = self._encoder.embed_prompts([sample.prompt.shows or sample.prompt.text for sample in samples])
+        return (images * prompts).sum(axis=1).tolist()
+
+
+class ReferenceScorer(Scorer):
+    """Mean cosine between a picture and every reference.
+
+    Over a whole panel this is DreamBooth's mean over all generated x real pairs (Ruiz et al., 2022, arXiv:2208.12242);
+    a maximum over references would reward copying one of them.
+    """
+
+    def __init__(self, encoder: ImageEncoder, references: Sequence[Source]) -> None:
+        self.model = encoder.model
+        self._encoder = encoder
+        self._references = encoder.embed_references(references)
+
+    @override
+    def values(self, samples: Sequence[Sample]) -> list[float]:
+        images = self._encoder.embed_images([sample.image for sample in samples])
+        return (images @ self._references.T).mean(axis=1).tolist()
+
+
 class Metric(Choice):
     """Family of `metrics:` entries."""
 
@@ -93,3 +127,15 @@ class Metric(Choice):
             ModelError: A model is missing, broken, or does not fit another one.
             DataError: The metric needs references and there are none, or one cannot be read.
         """
+
+    def require(self, references: Sequence[Source]) -> None:
+        """Refuse to compare with nothing.
+
+        Raises:
+            DataError: There are no references.
+        """
+        if not references:
+            raise DataError(
+                f"metric {self.model_dump()['kind']} compares samples with held-out pictures; got none: "
+                "set `data.holdout` (or `data.holdout_path`) or remove the metric"
+            )

@@ -115,7 +115,7 @@ def fresh_seeds(count: int) -> tuple[int, ...]:
 
 def _values(records: Sequence[Record], spec: StudySpec) -> dict[tuple[str, int], float]:
     """The objective of every picture by (prompt, seed)."""
-    signs = {name: metric.higher_is_better for name, metric in spec.trial.evaluate.metrics.items()}
+    signs = spec.trial.evaluate.higher_is_better
     return {(record.prompt, record.seed): spec.objective.sample_value(record.values, signs) for record in records}
 
 

@@ -27,7 +27,7 @@ def prompt_values(spec: StudySpec, run: RunDir) -> list[float | None]:
     """
     if not run.records.exists():
         return []
-    signs = {name: metric.higher_is_better for name, metric in spec.trial.evaluate.metrics.items()}
+    signs = spec.trial.evaluate.higher_is_better
     values: dict[str, list[float]] = {}
     for record in read_records(run.records):
         value = spec.objective.sample_value(record.values, signs)

@@ -58,8 +58,7 @@ class Reports:
         known = self._study.get_trials(deepcopy=False)[trial.number]
         if event["step"] in known.intermediate_values:  # a job that was lost repeats what it said
             return
-        objective, metrics = self._spec.objective, self._spec.trial.evaluate.metrics
-        signs = {name: metric.higher_is_better for name, metric in metrics.items()}
+        objective, signs = self._spec.objective, self._spec.trial.evaluate.higher_is_better
         columns = {name: [_number(value) for value in column] for name, column in event["prompts"].items()}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         panel = [objective.sample_value(row, signs) for row in rows]

@@ -13,7 +13,7 @@ from evaluation.records import read_records
 from evaluation.subjects import list_pictures, map_folders, match_prompts, read_book, read_table, subject_folders
 from orchestrator.complaints import config_error
 from orchestrator.spec import TrialSpec
-from orchestrator.yaml import load
+from orchestrator.yaml import Document, load
 from trainers.errors import ConfigError, DataError
 from trainers.prompt import Request
 from trainers.rundir import RunDir, thaw
@@ -56,34 +56,28 @@ class Found:
     """Folders that were taken for a subject of another name."""
 
 
-def read_trial(folder: Path) -> TrialSpec | None:
+def read_trial(folder: Path, sets: Sequence[str] = ()) -> TrialSpec | None:
     """The frozen trial of a run directory; None if it is something else.
 
+    Args:
+        folder: A run directory.
+        sets: Changes `dotted.path=value`; the file stays as it is.
+
     Raises:
-        ConfigError: It was edited, or this version of the project cannot read it.
+        ConfigError: It was edited, this version of the project cannot read it, or the changes make no valid trial.
     """
     file = RunDir(folder).trial
     if not file.is_file():
         return None
-    try:
-        return TrialSpec.model_validate(thaw(file))
-    except ValidationError as error:
-        raise ConfigError(f"{file}: not a trial of this version ({error.errors()[0]['msg']}); run it again") from error
-
-
-def change_trial(folder: Path, sets: Sequence[str]) -> TrialSpec:
-    """The frozen trial of a run directory with `dotted.path=value` changes; the file stays as it is.
-
-    Raises:
-        ConfigError: There is no such path, or the change makes no valid trial.
-    """
-    thaw(RunDir(folder).trial)  # refuses a file that was edited
-    document = load(RunDir(folder).trial, sets)
+    frozen = thaw(file)
+    document = load(file, sets) if sets else Document(frozen)
     tree = {key: value for key, value in document.tree.items() if key != "sha256"}
     try:
         return TrialSpec.model_validate(tree)
     except ValidationError as error:
-        raise config_error(error, document, TrialSpec) from error
+        if sets:
+            raise config_error(error, document, TrialSpec) from error
+        raise ConfigError(f"{file}: not a trial of this version ({error.errors()[0]['msg']}); run it again") from error
 
 
 def read_metrics(path: Path, sets: Sequence[str]) -> dict[str, Metric]:

@@ -3,16 +3,12 @@
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import numpy as np
-from jaxtyping import Float32
 from typing_extensions import override
 
 from evaluation.clip_folder import read_clip_folder
-from evaluation.metric import Encoder, Encoders, Metric, Scorer
+from evaluation.metric import Encoders, Metric, PromptScorer, ReferenceScorer, Scorer
 from trainers.batch import Source
 from trainers.config import LocalPath
-from trainers.errors import DataError
-from trainers.prompt import Sample
 
 
 class ClipText(Metric):
@@ -28,19 +24,7 @@ class ClipText(Metric):
 
     @override
     def open(self, encoders: Encoders, references: Sequence[Source]) -> Scorer:
-        return _TextScorer(encoders.clip(self.model))
-
-
-class _TextScorer(Scorer):
-    def __init__(self, encoder: Encoder) -> None:
-        self.model = encoder.model
-        self._encoder = encoder
-
-    @override
-    def values(self, samples: Sequence[Sample]) -> list[float]:
-        images = self._encoder.embed_images([sample.image for sample in samples])
-        prompts = self._encoder.embed_prompts([sample.prompt.shows or sample.prompt.text for sample in samples])
-        return (images * prompts).sum(axis=1).tolist()
+        return PromptScorer(encoders.clip(self.model))
 
 
 class ClipImage(Metric):
@@ -61,22 +45,5 @@ class ClipImage(Metric):
 
     @override
     def open(self, encoders: Encoders, references: Sequence[Source]) -> Scorer:
-        if not references:
-            raise DataError(
-                "metric clip_image compares samples with held-out pictures; got none: "
-                "set `data.holdout` (or `data.holdout_path`) or remove the metric"
-            )
-        encoder = encoders.clip(self.model)
-        return _ImageScorer(encoder, encoder.embed_references(references))
-
-
-class _ImageScorer(Scorer):
-    def __init__(self, encoder: Encoder, references: Float32[np.ndarray, "n width"]) -> None:
-        self.model = encoder.model
-        self._encoder = encoder
-        self._references = references
-
-    @override
-    def values(self, samples: Sequence[Sample]) -> list[float]:
-        images = self._encoder.embed_images([sample.image for sample in samples])
-        return (images @ self._references.T).mean(axis=1).tolist()
+        self.require(references)
+        return ReferenceScorer(encoders.clip(self.model), references)

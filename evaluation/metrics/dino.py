@@ -3,16 +3,12 @@
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import numpy as np
-from jaxtyping import Float32
 from typing_extensions import override
 
 from evaluation.dino_folder import read_dino_folder
-from evaluation.metric import Encoders, ImageEncoder, Metric, Scorer
+from evaluation.metric import Encoders, Metric, ReferenceScorer, Scorer
 from trainers.batch import Source
 from trainers.config import LocalPath
-from trainers.errors import DataError
-from trainers.prompt import Sample
 
 
 class Dino(Metric):
@@ -34,22 +30,5 @@ class Dino(Metric):
 
     @override
     def open(self, encoders: Encoders, references: Sequence[Source]) -> Scorer:
-        if not references:
-            raise DataError(
-                "metric dino compares samples with held-out pictures; got none: "
-                "set `data.holdout` (or `data.holdout_path`) or remove the metric"
-            )
-        encoder = encoders.dino(self.model)
-        return _DinoScorer(encoder, encoder.embed_references(references))
-
-
-class _DinoScorer(Scorer):
-    def __init__(self, encoder: ImageEncoder, references: Float32[np.ndarray, "n width"]) -> None:
-        self.model = encoder.model
-        self._encoder = encoder
-        self._references = references
-
-    @override
-    def values(self, samples: Sequence[Sample]) -> list[float]:
-        images = self._encoder.embed_images([sample.image for sample in samples])
-        return (images @ self._references.T).mean(axis=1).tolist()
+        self.require(references)
+        return ReferenceScorer(encoders.dino(self.model), references)

@@ -6,10 +6,9 @@ from typing import Literal
 from typing_extensions import override
 
 from evaluation.clip_folder import read_clip_folder
-from evaluation.metric import Encoder, Encoders, Metric, Scorer
+from evaluation.metric import Encoders, Metric, PromptScorer, Scorer
 from trainers.batch import Source
 from trainers.config import LocalPath
-from trainers.prompt import Sample
 
 
 class Preference(Metric):
@@ -31,16 +30,4 @@ class Preference(Metric):
 
     @override
     def open(self, encoders: Encoders, references: Sequence[Source]) -> Scorer:
-        return _PreferenceScorer(encoders.clip(self.model, self.checkpoint))
-
-
-class _PreferenceScorer(Scorer):
-    def __init__(self, encoder: Encoder) -> None:
-        self.model = encoder.model
-        self._encoder = encoder
-
-    @override
-    def values(self, samples: Sequence[Sample]) -> list[float]:
-        images = self._encoder.embed_images([sample.image for sample in samples])
-        prompts = self._encoder.embed_prompts([sample.prompt.shows or sample.prompt.text for sample in samples])
-        return (images * prompts).sum(axis=1).tolist()
+        return PromptScorer(encoders.clip(self.model, self.checkpoint))

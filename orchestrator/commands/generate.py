@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     """Draw, name each picture by its prompt and seed, and lay all of them out on one sheet."""
     trial, adapter = _source(options)
     files = _files(options, trial)
-    trial.train.check()
+    trial.train.backbone.check()
     trial.evaluate.check_model(trial.train.backbone)
     # Torch is loaded only now that all that can be wrong with names is known.
     from evaluation.grid import draw_grid
@@ -67,22 +67,20 @@ def run(options: argparse.Namespace) -> int:
 
 def _source(options: argparse.Namespace) -> tuple[TrialSpec, Path | None]:
     """What is drawn with: a trial, and the adapter's folder if there is one."""
-    from orchestrator.sources import change_trial, read_trial
+    from orchestrator.sources import read_trial
     from orchestrator.spec import load_study
     from trainers.errors import ConfigError
     from trainers.rundir import RunDir
 
     adapter: Path | None = options.adapter and options.adapter.resolve()
     folder = options.source.resolve()
-    if (trial := read_trial(folder)) is None:
+    if (trial := read_trial(folder, options.sets)) is None:
         if folder.is_dir():
             raise ConfigError(f"{options.source}: got no trial.yaml in this folder; expected a trial's directory")
         study, _ = load_study(options.source, [f"trial.{change}" for change in options.sets])
         trial = study.trial
-    else:
-        trial = change_trial(folder, options.sets)
-        if adapter is None and not options.base:
-            adapter = RunDir(folder).adapter
+    elif adapter is None and not options.base:
+        adapter = RunDir(folder).adapter
     if adapter is not None and not adapter.is_dir():
         raise ConfigError(f"{adapter}: got no such folder; expected an adapter; `--base` draws without one")
     if adapter is None and options.scale != 1:
@@ -92,6 +90,7 @@ def _source(options: argparse.Namespace) -> tuple[TrialSpec, Path | None]:
 
 def _files(options: argparse.Namespace, trial: TrialSpec) -> Mapping[Request, str]:
     """Every picture, prompt after prompt, and the name of its file."""
+    from evaluation.config import MAX_SEED
     from evaluation.evaluate import name_files
     from trainers.errors import ConfigError
     from trainers.prompt import Prompt
@@ -103,4 +102,6 @@ def _files(options: argparse.Namespace, trial: TrialSpec) -> Mapping[Request, st
         texts += [line.strip() for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     given: tuple[Prompt, ...] = tuple(Prompt(text=text) for text in dict.fromkeys(texts)) or trial.evaluate.prompts
     seeds = tuple(dict.fromkeys(options.seeds or trial.evaluate.seeds))
+    if wrong := [seed for seed in seeds if not 0 <= seed < MAX_SEED]:
+        raise ConfigError(f"got --seeds {wrong[0]}; expected whole numbers from 0 to {MAX_SEED - 1}")
     return {request: Path(file).name for request, file in name_files(given, seeds).items()}

@@ -8,6 +8,7 @@ from PIL import Image
 
 from evaluation.config import EvaluateConfig
 from evaluation.evaluate import Ranks, evaluate, name_files
+from evaluation.metric import PromptScorer
 from evaluation.metrics import clip
 from evaluation.records import read_records
 from tests.evaluation.conftest import noise
@@ -143,7 +144,7 @@ def test_stages_are_events(backbone, config, references, run, tmp_path):
 
 
 def test_undefined_values_are_counted_and_never_replaced(backbone, config, references, run, tmp_path, monkeypatch):
-    original = clip._TextScorer.values
+    original = PromptScorer.values
 
     def values(self, samples):
         found = original(self, samples)
@@ -151,7 +152,7 @@ def test_undefined_values_are_counted_and_never_replaced(backbone, config, refer
             math.nan if sample.prompt.text == "a zog" else value for sample, value in zip(samples, found, strict=True)
         ]
 
-    monkeypatch.setattr(clip._TextScorer, "values", values)
+    monkeypatch.setattr(PromptScorer, "values", values)
     score = evaluate(backbone, config, references, run, tmp_path / "cache")["clip_t"]
     assert (score.num_samples, score.num_undefined) == (4, 2)
     assert score.mean == pytest.approx(np.nanmean(np.array(values_of(run))[:, 0]))

@@ -76,6 +76,7 @@ def test_an_adapters_folder_that_holds_none_is_refused(trial: Path, capfd: pytes
         (("trial", "--prompts", "nowhere.txt"), "expected prompts, one a line"),
         (("trial", "--set", "evaluate.guidanze.scale=3"), "did you mean 'guidance'"),
         ((".",), "expected a trial's directory"),
+        (("trial", "--base", "--seeds", "3", "-1"), "--seeds -1; expected whole numbers from 0"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(
@@ -83,6 +84,11 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(
 ):
     monkeypatch.setattr(MethodConfig, "load_trained", lambda *_: pytest.fail("a model was loaded"))
     assert message in refusal(capfd, *argv)
+
+
+def test_drawing_asks_for_no_training_data(trial: Path):
+    gone = ("--set", "train.data.path=./gone", "--set", "evaluate.steps=1")
+    assert main(("generate", str(trial), "--base", "--prompt", "a star", "--seeds", "3", *gone, "--output", "x")) == 0
 
 
 def test_an_edited_trial_is_refused(trial: Path, capfd: pytest.CaptureFixture[str]):
