@@ -1,5 +1,7 @@
 """The command `generate` on the miniature family."""
 
+# pyright: basic
+
 from pathlib import Path
 
 import numpy as np
