@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from trainers.backbone import Model
     from trainers.guidance import SamplingConfig
     from trainers.samples import SamplesConfig
+    from trainers.version import Version
 
 
 _NOTHING = 1e-12
@@ -92,13 +93,13 @@ class _Sampler:
         guided = [term.version for term in self._calls(config.guidance.interval.start)]
         wanted = list(dict.fromkeys([*guided, TRAINED]))
         self._versions = model.versions(wanted) if wanted != [TRAINED] else None
-        self._conditions = {TRAINED: model.prepare(told, side, side, negative=negative)}
-        for version in wanted[: -1 if self._versions else 0]:
-            self._conditions[version] = self._conditions[TRAINED]
+        self._conditions: dict[Version, Condition] = {}
         if self._versions and model.text_is_adapted:
             for version in wanted:
                 with self._versions.acting([version]):
                     self._conditions[version] = model.prepare(told, side, side, negative=negative)
+        else:
+            self._conditions = dict.fromkeys(wanted, model.prepare(told, side, side, negative=negative))
 
     def _calls(self, behind: float) -> tuple[Term, ...]:
         """What is called at a noise level; the versions of a model that was not trained are one and the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
@@ -170,9 +171,9 @@ class UnetBackbone(Backbone):
         with torch.no_grad(), torch.autocast(self._text_device.type, enabled=False):
             return TextEmbeddings.cat([self.embed([prompt]) for prompt in prompts])
 
+    @abstractmethod
     def embed(self, prompts: list[str | None]) -> TextEmbeddings:
         """Embed all prompts in one forward pass."""
-        raise NotImplementedError
 
     def encode(self, texts: list[str]) -> list[Any]:
         """What each text encoder answers, hidden states included."""
