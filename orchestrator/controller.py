@@ -117,6 +117,8 @@ class Controller:
         wanted = self.spec.num_trials - len(self._trials(*_COUNTED))
         if running >= min(wanted, self.spec.limits.parallel):
             return True
+        if running and self.spec.shares_training and not self._trials(*_COUNTED):
+            return True  # the first trial trains for all; others would hold a device and wait
         return self.spec.sampler.room(self.spec.search, self.study) == 0
 
     def _note(self) -> None:
@@ -161,9 +163,9 @@ class Controller:
         trial.set_user_attr("job_id", job_id)
 
     def _job(self, trial: Trial, run: RunDir) -> Job:
-        return Job(
-            WORKER, (str(run.path), "--sha256", trial.user_attrs["sha256"], "--cache", str(self.spec.cache)), run.path
-        )
+        sha256, cache = trial.user_attrs["sha256"], self.spec.cache
+        shared = ("--trained", str(self.spec.trainings)) if self.spec.shares_training else ()
+        return Job(WORKER, (str(run.path), "--sha256", sha256, "--cache", str(cache), *shared), run.path)
 
     def _advance(self, frozen: FrozenTrial) -> None:
         trial, run = self._attach(frozen), run_dir(self.spec.root, frozen.number)

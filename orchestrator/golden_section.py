@@ -1,19 +1,17 @@
-"""The best value of one number, in few evaluations: a coarse scan, then golden section around the best point of it.
+"""Samplers that search along a line: golden section of one number, alone or together with a grid of another one.
 
-Each next point is a function of the finished trials (a line of evaluated points) and of nothing else, so a search that
-was killed asks for the same point again.
+Each next point is a function of the finished trials and of nothing else: a search that was killed asks for it again.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from orchestrator.panels import PROMPT_VALUES
+from orchestrator.line import Line, Point, point_of, sentences
 from orchestrator.search import FloatParameter, Parameter, Sampler, Value
 from trainers.errors import ConfigError
 
@@ -23,171 +21,22 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-_GOLDEN = (3 - math.sqrt(5)) / 2
-"""The next point lies at this fraction of the longer side, seen from the best one (Kiefer, 1953)."""
-_SAME = 1e-9
-"""Points that are closer than this fraction of the interval are one point."""
-_NARROWEST = 4
-"""The curvature of a coarse scan understates a narrow peak: the bracket shrinks to this part whatever it says."""
-_FINEST = 1e-3
-"""Tolerance where no noise is known, as a fraction of the interval."""
-_NUM_ERRORS = 2.0
-"""Standard errors that make a difference count."""
+Place = dict[str, Value]
 
 
-@dataclass(frozen=True)
-class Point:
-    """An evaluated place of the line."""
-
-    x: float
-    value: float
-    """Larger is better; minus infinity for a trial without a value, which the sampler then avoids."""
-    panel: tuple[float, ...] = ()
-    """The value of each prompt, in the panel's order; empty if unknown."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """What is known of an objective along one bounded number, and what follows from it.
-
-    Args:
-        low, high: The interval.
-        scan: Equally spaced points, both ends among them, that are evaluated first.
-        max_points: Evaluations at most.
-        tolerance: How far the best evaluated point may be from the optimum; None is as fine as the noise allows.
-        points: What was evaluated, in any order; a place once.
-    """
-
-    low: float
-    high: float
-    scan: int
-    max_points: int
-    tolerance: float | None
-    points: tuple[Point, ...]
-
-    def missing(self) -> tuple[float, ...]:
-        """Places to evaluate next, in order: the rest of the scan, then one at a time; nothing when it is over."""
-        if rest := self._unscanned():
-            return rest[: max(0, self.max_points - len(self.points))]
-        if len(self.points) >= self.max_points:
-            return ()
-        left, best, right = self.bracket()
-        if max(best - left, right - best) <= self.stopping_width():
-            return ()
-        if right - best > best - left:
-            return (best + _GOLDEN * (right - best),)
-        return (best - _GOLDEN * (best - left),)
-
-    def best(self) -> Point:
-        """The best evaluated point; of equals, the middle one of the first run of them."""
-        points = self._sorted()
-        top = max(point.value for point in points)
-        first = next(place for place, point in enumerate(points) if point.value == top)
-        last = first
-        while last + 1 < len(points) and points[last + 1].value == top:
-            last += 1
-        return points[(first + last) // 2]
-
-    def bracket(self) -> tuple[float, float, float]:
-        """The best point between its neighbours; at an end of the interval it is its own neighbour."""
-        places = [point.x for point in self._sorted()]
-        at = places.index(self.best().x)
-        return places[max(0, at - 1)], places[at], places[min(len(places) - 1, at + 1)]
-
-    def stopping_width(self) -> float:
-        """How far the best point may be from the optimum: the tolerance, or what the noise allows without one."""
-        if self.tolerance is not None:
-            return self.tolerance
-        return max(self.resolution(), _FINEST * (self.high - self.low))
-
-    def resolution(self) -> float:
-        """How finely the scores tell places apart; 0 if their noise is not known.
-
-        Near its optimum an objective loses `curvature / 2 * d²` at distance `d`. What is lost within a standard error
-        `s` of a paired difference cannot be seen: `d = sqrt(2 s / curvature)`. Scan points alone decide, so that the
-        answer stays what it is while the search goes on. Neighbours of equal value leave a quarter of the bracket.
-        """
-        scanned = [point for point in self._sorted() if self._is_scanned(point) and math.isfinite(point.value)]
-        if len(scanned) < 3:
-            return 0.0
-        at = max(range(len(scanned)), key=lambda place: scanned[place].value)
-        at = min(max(at, 1), len(scanned) - 2)
-        a, b, c = scanned[at - 1 : at + 2]
-        error = max((paired_error(a, b), paired_error(b, c)), key=lambda one: one or 0.0)
-        if not error:
-            return 0.0
-        widest = (c.x - a.x) / _NARROWEST
-        slopes = (b.value - a.value) / (b.x - a.x), (c.value - b.value) / (c.x - b.x)
-        curvature = 2 * (slopes[0] - slopes[1]) / (c.x - a.x)
-        return widest if curvature <= 0 else min(widest, math.sqrt(2 * error / curvature))
-
-    def valley(self) -> tuple[Point, Point] | None:
-        """A low point and a higher one beyond it, seen from the best: the objective has more than one peak.
-
-        Differences within two standard errors do not count; points without a value are passed over.
-        """
-        points = [point for point in self._sorted() if math.isfinite(point.value)]
-        if not points or not math.isfinite(self.best().value):
-            return None
-        at = points.index(self.best())
-        found = [*_rises(points[at:]), *_rises(points[at::-1])]
-        return max(found, key=lambda pair: pair[1].value - pair[0].value, default=None)
-
-    def is_scanned(self) -> bool:
-        """Whether the coarse scan is complete."""
-        return not self._unscanned()
-
-    def _sorted(self) -> list[Point]:
-        return sorted(self.points, key=lambda point: point.x)
-
-    def _scan(self) -> list[float]:
-        step = (self.high - self.low) / (self.scan - 1)
-        return [self.low + index * step for index in range(self.scan - 1)] + [self.high]
-
-    def _unscanned(self) -> tuple[float, ...]:
-        return tuple(x for x in self._scan() if not any(self._same(x, point.x) for point in self.points))
-
-    def _is_scanned(self, point: Point) -> bool:
-        return any(self._same(x, point.x) for x in self._scan())
-
-    def _same(self, one: float, other: float) -> bool:
-        return abs(one - other) <= _SAME * (self.high - self.low)
-
-
-def paired_error(one: Point, other: Point) -> float | None:
-    """Standard error of the difference of two points on the same prompts; None if it cannot be known."""
-    pairs = zip(one.panel, other.panel, strict=True) if len(one.panel) == len(other.panel) else ()
-    gains = [b - a for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
-    if len(gains) < 2:
-        return None
-    mean = math.fsum(gains) / len(gains)
-    return math.sqrt(math.fsum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1) / len(gains))
-
-
-def _rises(points: Sequence[Point]) -> Iterator[tuple[Point, Point]]:
-    """Points that are higher than the lowest one between them and the first, by more than the noise."""
-    lowest = points[0]
-    for point in points:
-        noise = _NUM_ERRORS * (paired_error(lowest, point) or 0.0)
-        if point.value < lowest.value:
-            lowest = point
-        elif point.value - lowest.value > noise:
-            yield lowest, point
-
-
-class GoldenSectionSampler(Sampler):
-    """Golden-section search (Kiefer, 1953) of the one float parameter, after a coarse scan of its range.
+class LineSampler(Sampler):
+    """What golden section needs to be told, and how its points become trials.
 
     The scan finds the bracket and says whether there is more than one peak; its trials may run at the same time, those
     of golden section run one by one. The first trial, the study's own defaults, counts as one of the points. A failed
     trial is asked for again; a pruned one is a bad point. The best *evaluated* point wins.
     """
 
-    kind: Literal["golden_section"] = "golden_section"
     ends_by: ClassVar[tuple[str, ...]] = ("tolerance", "max_evaluations")
     scan: int = Field(default=6, ge=3)
     """Equally spaced points, both ends among them, that are evaluated first."""
     max_evaluations: int = Field(default=14, ge=4)
+    """Of a line."""
     tolerance: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """How far the best evaluated point may be from the optimum, in the parameter's units; the search ends there. null
     is as fine as the noise of the scores allows; a smaller number than that is refused once the noise is known."""
@@ -201,6 +50,62 @@ class GoldenSectionSampler(Sampler):
             )
         return self
 
+    @abstractmethod
+    def missing(self, space: Mapping[str, Parameter], trials: Sequence[FrozenTrial]) -> Iterator[Place]:
+        """Places that are to be evaluated next, in order; those that are being evaluated are among them."""
+
+    @abstractmethod
+    def lines(self, space: Mapping[str, Parameter], trials: Sequence[FrozenTrial]) -> Mapping[str, Line]:
+        """The lines that are searched, by what people should read of them."""
+
+    @override
+    def draw(self, space: Mapping[str, Parameter], study: optuna.Study, trial: FrozenTrial) -> dict[str, Value]:
+        before = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
+        taken = [other.params for other in before if not other.state.is_finished()]
+        free = (place for place in self.missing(space, before) if place not in taken)
+        # Nothing is free for a trial whose values are drawn already.
+        return next(free, {name: parameter.corners()[0] for name, parameter in space.items()})
+
+    @override
+    def room(self, space: Mapping[str, Parameter], study: optuna.Study) -> int:
+        trials = study.get_trials(deepcopy=False)
+        for line in self.lines(space, trials).values():
+            self._check_tolerance(line)
+        running = sum(not trial.state.is_finished() for trial in trials)
+        if not trials:
+            return 1
+        return max(0, len(list(self.missing(space, trials))) - running)
+
+    @override
+    def notes(self, space: Mapping[str, Parameter], study: optuna.Study) -> tuple[str, ...]:
+        lines = self.lines(space, study.get_trials(deepcopy=False))
+        return tuple(f"{name}: {text}" for name, line in lines.items() if line.is_scanned() for text in sentences(line))
+
+    def along(self, name: str, space: Mapping[str, Parameter], trials: Sequence[FrozenTrial]) -> Line:
+        """The line of parameter `name` that these trials lie on; of trials at one place the first counts."""
+        interval = cast("FloatParameter", space[name])
+        points: dict[float, Point] = {}
+        for trial in trials:
+            if (point := point_of(trial, name)) is not None:
+                points.setdefault(point.x, point)
+        found = tuple(points.values())
+        return Line(interval.low, interval.high, self.scan, self.max_evaluations, self.tolerance, found)
+
+    def _check_tolerance(self, line: Line) -> None:
+        finest = line.resolution() if line.is_scanned() else 0.0
+        if self.tolerance is not None and self.tolerance < finest:
+            raise ConfigError(
+                f"sampler.tolerance: got {self.tolerance:g}; expected at least {finest:.2g}, because the noise that "
+                "was measured on this panel hides smaller differences; raise it or set it to null, or judge by more "
+                "prompts or seeds in a study of another name (four times as many halve the noise)"
+            )
+
+
+class GoldenSectionSampler(LineSampler):
+    """Golden-section search (Kiefer, 1953) of the one float parameter, after a coarse scan of its range."""
+
+    kind: Literal["golden_section"] = "golden_section"
+
     @override
     def size(self, space: Mapping[str, Parameter]) -> int:
         parameters = list(space.values())
@@ -212,92 +117,91 @@ class GoldenSectionSampler(Sampler):
         return self.max_evaluations
 
     @override
-    def draw(self, space: Mapping[str, Parameter], study: optuna.Study, trial: FrozenTrial) -> dict[str, Value]:
+    def missing(self, space: Mapping[str, Parameter], trials: Sequence[FrozenTrial]) -> Iterator[Place]:
         (name,) = space
-        before = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
-        line = self._line(space, before)
-        taken = [other.params[name] for other in before if not other.state.is_finished() and name in other.params]
-        free = [x for x in line.missing() if x not in taken]
-        if free:
-            return {name: free[0]}
-        return {name: line.best().x if line.points else line.low}  # of a trial whose values are drawn already
+        return ({name: x} for x in self.along(name, space, trials).missing())
 
     @override
-    def room(self, space: Mapping[str, Parameter], study: optuna.Study) -> int:
-        trials = study.get_trials(deepcopy=False)
-        line = self._line(space, trials)
-        if line.is_scanned():
-            self._check_tolerance(line)
-        running = sum(not trial.state.is_finished() for trial in trials)
+    def lines(self, space: Mapping[str, Parameter], trials: Sequence[FrozenTrial]) -> Mapping[str, Line]:
+        (name,) = space
+        return {name: self.along(name, space, trials)}
+
+
+class NestedSampler(LineSampler):
+    """Golden section of one number for each value of another: the best pair, for as many lines as there are values."""
+
+    kind: Literal["nested"] = "nested"
+
+    @override
+    def size(self, space: Mapping[str, Parameter]) -> int:
+        _, grid = _roles(space)
+        return self.max_evaluations * len(space[grid].grid() or ())
+
+    @override
+    def missing(self, space: Mapping[str, Parameter], trials: Sequence[FrozenTrial]) -> Iterator[Place]:
+        name, grid = _roles(space)
+        for value in space[grid].grid() or ():
+            line = self.along(name, space, _at(trials, grid, value))
+            yield from ({name: x, grid: value} for x in line.missing())
+
+    @override
+    def lines(self, space: Mapping[str, Parameter], trials: Sequence[FrozenTrial]) -> Mapping[str, Line]:
+        name, grid = _roles(space)
+        values = space[grid].grid() or ()
+        return {f"{name} at {grid}={value}": self.along(name, space, _at(trials, grid, value)) for value in values}
+
+
+class CoordinateSampler(LineSampler):
+    """One number after the other: golden section with the other's default, then the other's grid at the best point.
+
+    It finds the best pair only where the best value of one does not depend on the other.
+    """
+
+    kind: Literal["coordinate"] = "coordinate"
+
+    @override
+    def size(self, space: Mapping[str, Parameter]) -> int:
+        _, grid = _roles(space)
+        return self.max_evaluations + len(space[grid].grid() or ()) - 1
+
+    @override
+    def missing(self, space: Mapping[str, Parameter], trials: Sequence[FrozenTrial]) -> Iterator[Place]:
+        name, grid = _roles(space)
         if not trials:
-            return 1
-        return max(0, len(line.missing()) - running)
+            return
+        start = trials[0].params[grid]  # the study's own default
+        line = self.along(name, space, _at(trials, grid, start))
+        if rest := line.missing():
+            yield from ({name: x, grid: start} for x in rest)
+            return
+        best = line.best().x
+        known = [trial.params[grid] for trial in _at(trials, name, best) if point_of(trial, name) is not None]
+        yield from ({name: best, grid: value} for value in space[grid].grid() or () if value not in known)
 
     @override
-    def notes(self, space: Mapping[str, Parameter], study: optuna.Study) -> tuple[str, ...]:
-        (name,) = space
-        line = self._line(space, study.get_trials(deepcopy=False))
-        return tuple(_sentences(name, line)) if line.is_scanned() else ()
-
-    def _line(self, space: Mapping[str, Parameter], trials: Sequence[FrozenTrial]) -> Line:
-        ((name, parameter),) = space.items()
-        interval = cast("FloatParameter", parameter)
-        points: dict[float, Point] = {}
-        for trial in trials:
-            if (point := _point(trial, name)) is not None:
-                points.setdefault(point.x, point)
-        return Line(
-            interval.low, interval.high, self.scan, self.max_evaluations, self.tolerance, tuple(points.values())
-        )
-
-    def _check_tolerance(self, line: Line) -> None:
-        finest = line.resolution()
-        if self.tolerance is not None and self.tolerance < finest:
-            raise ConfigError(
-                f"sampler.tolerance: got {self.tolerance:g}; expected at least {finest:.2g}, because the noise that "
-                "was measured on this panel hides smaller differences; raise it or set it to null, or judge by more "
-                "prompts or seeds in a study of another name (four times as many halve the noise)"
-            )
+    def lines(self, space: Mapping[str, Parameter], trials: Sequence[FrozenTrial]) -> Mapping[str, Line]:
+        name, grid = _roles(space)
+        if not trials or grid not in trials[0].params:
+            return {}
+        start = trials[0].params[grid]
+        return {f"{name} at {grid}={start}": self.along(name, space, _at(trials, grid, start))}
 
 
 def _is_continuous(parameter: Parameter) -> bool:
     return isinstance(parameter, FloatParameter) and not parameter.log and parameter.step is None
 
 
-def _point(trial: FrozenTrial, name: str) -> Point | None:
-    """What a trial says of its place; None while it runs, and if it failed for a reason of its machine's."""
-    from optuna.trial import TrialState
-
-    if name not in trial.params:
-        return None
-    if trial.state is TrialState.PRUNED:
-        return Point(trial.params[name], -math.inf)
-    if trial.state is not TrialState.COMPLETE or not trial.values:
-        return None
-    panel = tuple(math.nan if value is None else value for value in trial.user_attrs.get(PROMPT_VALUES, ()))
-    return Point(trial.params[name], trial.values[0], panel)
-
-
-def _sentences(name: str, line: Line) -> Iterator[str]:
-    left, best, right = line.bracket()
-    width = max(best - left, right - best)
-    yield f"{name}: the best evaluated point is {best:.4g}, between {left:.4g} and {right:.4g}"
-    if finest := line.resolution():
-        yield f"the measured noise lets places closer than {finest:.2g} look alike; the search ends at {_end(line)}"
-    else:
-        yield f"the noise of the scores is not known; the search ends at {_end(line)}"
-    if best in {line.low, line.high}:
-        yield f"the best point is an end of [{line.low:g}, {line.high:g}]: the optimum may lie outside"
-    if valley := line.valley():
-        low, high = valley
-        yield (
-            f"the objective is not unimodal: {low.value:.4g} at {low.x:.4g} lies between the best and {high.value:.4g} "
-            f"at {high.x:.4g}; the search stays around the highest point of the scan"
+def _roles(space: Mapping[str, Parameter]) -> tuple[str, str]:
+    """The parameter that golden section is for, and the one whose values are listed. Raises ValueError."""
+    line = [name for name, parameter in space.items() if _is_continuous(parameter)]
+    listed = [name for name, parameter in space.items() if parameter.grid() is not None]
+    if len(space) != 2 or len(line) != 1 or len(listed) != 1:
+        raise ValueError(
+            f"got a search of {', '.join(space) or 'nothing'}; expected two parameters: a float without `log` or "
+            "`step` for golden section, and one of listed values (a float with `step`, an int or a categorical)"
         )
-    if not line.missing():
-        reached = width <= line.stopping_width()
-        yield "the search is over" if reached else f"{line.max_points} evaluations are done, at ±{width:.2g}"
+    return line[0], listed[0]
 
 
-def _end(line: Line) -> str:
-    return f"±{line.stopping_width():.2g} or {line.max_points} evaluations"
+def _at(trials: Sequence[FrozenTrial], name: str, value: Value) -> list[FrozenTrial]:
+    return [trial for trial in trials if name in trial.params and trial.params[name] == value]

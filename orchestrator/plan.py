@@ -65,6 +65,9 @@ def _check_trial(trial: TrialSpec, document: Document, params: Mapping[str, Valu
         trial.evaluate.check_model(trial.train.backbone)
         where = ("trial", "train")
         _check_references(trial)
+        if trial.adapter is not None:
+            where = ("trial", "adapter")
+            trial.train.check_finished(trial.adapter, weak=trial.evaluate.guidance.needs_weak)
     except (ModelError, DataError) as error:
         if where[-1] == "train":
             where = (*where, "data" if isinstance(error, DataError) else "backbone")
@@ -120,11 +123,12 @@ def estimate(spec: StudySpec, finished: Iterable[tuple[Path, RunResult]], counte
     results = [result for _, result in done]
     memory, memory_formula = _memory(spec, results)
     disk, disk_formula = _disk(spec, [_size(path) for path, _ in done])
+    once = _training_disk(spec, {}) if spec.shares_training and left and not done else 0
     return Estimate(
         trials_left=left,
-        seconds_per_trial=sum(sum(r.seconds.values()) for r in results) / len(results) if results else None,
-        disk_bytes=disk * left,
-        disk_formula=f"{left} trials x {disk_formula}",
+        seconds_per_trial=sum(_seconds(spec, r) for r in results) / len(results) if results else None,
+        disk_bytes=once + disk * left,
+        disk_formula=f"training {human(once)} + " * bool(once) + f"{left} trials x {disk_formula}",
         memory_bytes=memory,
         memory_formula=memory_formula,
         on_gpu=bool(_gpus(spec)),
@@ -184,16 +188,26 @@ def _memory(spec: StudySpec, results: list[RunResult]) -> tuple[int, str]:
     return weights + trained + process, f"({parts} + activations, which are not known yet)"
 
 
+def _seconds(spec: StudySpec, result: RunResult) -> float:
+    """What a further trial like this one takes."""
+    done = {"load", "train"} if spec.shares_training else set[str]()
+    return sum(seconds for stage, seconds in result.seconds.items() if stage not in done)
+
+
+def _training_disk(spec: StudySpec, params: Mapping[str, Value]) -> int:
+    """An adapter, and the checkpoints that lead to it."""
+    return spec.resolve(params).train.num_trainable() * _FLOAT * (1 + _ADAM_COPIES * (_CHECKPOINTS + 1))
+
+
 def _disk(spec: StudySpec, sizes: list[int]) -> tuple[int, str]:
     if sizes:
         return max(sizes), f"{human(max(sizes))}, the largest finished one"
     evaluate = spec.trial.evaluate
-    trained = max(spec.resolve(corner).train.num_trainable() for corner in _extremes(spec)) * _FLOAT
-    checkpoints = trained * _ADAM_COPIES * (_CHECKPOINTS + 1)
     pictures = len(evaluate.prompts) * len(evaluate.seeds) * 2 * evaluate.resolution**2 * 3  # and once in the grid
-    total = trained + checkpoints + pictures
-    parts = f"adapter {human(trained)} + checkpoints {human(checkpoints)} + pictures at most {human(pictures)}"
-    return total, f"({parts})"
+    if spec.shares_training or spec.trial.adapter:
+        return pictures, f"pictures of at most {human(pictures)}"
+    trained = max(_training_disk(spec, corner) for corner in _extremes(spec))
+    return trained + pictures, f"(adapter and checkpoints {human(trained)} + pictures at most {human(pictures)})"
 
 
 def _extremes(spec: StudySpec) -> Iterable[Mapping[str, Value]]:
@@ -203,7 +217,8 @@ def _extremes(spec: StudySpec) -> Iterable[Mapping[str, Value]]:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    files = (path.stat() for path in folder.rglob("*") if path.is_file())
+    return sum(file.st_size for file in files if file.st_nlink == 1)  # an adapter that trials share lies elsewhere too
 
 
 def estimate_rest(spec: StudySpec) -> Estimate:

@@ -13,6 +13,7 @@ import yaml
 
 from orchestrator.controller import WORKER
 from orchestrator.launcher import Job, JobId, JobState, Launcher
+from orchestrator.spec import StudySpec
 from orchestrator.tables import read_result
 from trainers.errors import ConfigError, LaunchError
 from trainers.rundir import RunDir, RunError, thaw, write_atomically
@@ -55,14 +56,14 @@ def replay(folder: Path) -> Replay:
         raise ConfigError(f"{folder}: got a folder without trial.yaml and result.json; expected a scored trial")
     thaw(original.trial)
     root = original.path.parents[1]
-    launcher = _launcher(root)
+    launcher, shares = _launcher(root)
     run = _new_folder(root, original)
     text = original.trial.read_text(encoding="utf-8")
     write_atomically(run.trial, text)
     digest = text.partition("\n")[0].removeprefix("sha256: ")
-    with _submitted(
-        launcher, Job(WORKER, (str(run.path), "--sha256", digest, "--cache", str(root.parent / "cache")), run.path)
-    ) as job_id:
+    anew = ("--trained", str(run.path / "trained")) if shares else ()
+    words = (str(run.path), "--sha256", digest, "--cache", str(root.parent / "cache"), *anew)
+    with _submitted(launcher, Job(WORKER, words, run.path)) as job_id:
         while launcher.poll(job_id) is not JobState.ENDED:
             time.sleep(launcher.poll_seconds)
     after = read_result(run)
@@ -85,12 +86,16 @@ def _submitted(launcher: Launcher, job: Job) -> Generator[JobId]:
         launcher.cancel(job_id)  # without effect if it has ended
 
 
-def _launcher(root: Path) -> Launcher:
-    """The study's own: results are bit-equal only for the same number of processes."""
+def _launcher(root: Path) -> tuple[Launcher, bool]:
+    """The study's own, and whether its trials share a training.
+
+    Results are bit-equal only for the same number of processes; a shared training is repeated apart from the trials'.
+    """
     path = root / STUDY_FILE
     if not path.exists():
         raise ConfigError(f"{path}: got no such file; expected the study that the trial belongs to")
-    return Launcher.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))["launcher"])
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return Launcher.model_validate(tree["launcher"]), StudySpec.model_validate(tree).shares_training
 
 
 def _new_folder(root: Path, original: RunDir) -> RunDir:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Never, Self, cast
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 import orchestrator.golden_section  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the kind
@@ -36,12 +36,15 @@ class TrialSpec(Config):
     """All randomness of training follows from it."""
     train: MethodConfig
     evaluate: EvaluateConfig
+    adapter: LocalPath | None = None
+    """A finished adapter to draw with, its weak version in `weak/`; nothing is trained then, and `train` says of what
+    model, method and size it is. null trains."""
     report: ReportConfig | None = None
     """A small panel that is scored while the trial trains, for the study's pruner; null scores none."""
 
     @model_validator(mode="after")
     def _guidance_finds_its_versions(self) -> Self:
-        self.train.check_guidance(self.evaluate.guidance)
+        self.train.check_guidance(self.evaluate.guidance, finished=self.adapter is not None)
         return self
 
 
@@ -64,8 +67,9 @@ class StudySpec(Config):
     """Studies and what they share are written below it."""
     trial: TrialSpec
     """The template, and the first trial."""
-    search: dict[str, Parameter] = Field(min_length=1)
-    """Dotted path into the trial to the values it may take."""
+    search: dict[str, Parameter] = Field(default_factory=dict[str, Parameter])
+    """Dotted path into the trial to the values it may take; a path with null is not searched, and without any there
+    is one trial."""
     sampler: Sampler = TpeSampler()
     pruner: Pruner = NoPruner()
     objective: Objective
@@ -76,6 +80,15 @@ class StudySpec(Config):
     limits: Limits = Limits()
     confirm_seeds: int = Field(default=4, ge=0)
     """Fresh seeds per prompt on which winner, defaults and base are compared at the end; 0 is no comparison."""
+
+    @field_validator("search", mode="before")
+    @classmethod
+    def _null_is_not_searched(cls, data: Any) -> Any:
+        if data is None:
+            return {}
+        if not isinstance(data, dict):
+            return data
+        return {path: parameter for path, parameter in cast("Tree", data).items() if parameter is not None}
 
     @property
     def root(self) -> Path:
@@ -88,6 +101,20 @@ class StudySpec(Config):
         return self.output / "cache"
 
     @property
+    def shares_training(self) -> bool:
+        """Whether all trials train the same: it is then done once, and every trial only draws and scores."""
+        return self.trial.adapter is None and not self._searches_training
+
+    @property
+    def _searches_training(self) -> bool:
+        return any(path.split(".")[0] in {"train", "seed"} for path in self.search)
+
+    @property
+    def trainings(self) -> Path:
+        """What trials have trained for one another, in all studies."""
+        return self.cache / "trained"
+
+    @property
     def database_url(self) -> str:
         """Where trials and their values are kept."""
         return self.storage or f"sqlite:///{self.root / 'study.db'}"
@@ -95,6 +122,8 @@ class StudySpec(Config):
     @property
     def num_trials(self) -> int:
         """Counted trials until the study is finished."""
+        if not self.search:
+            return 1
         size = self.sampler.size(self.search)
         return self.limits.trials if size is None else min(size, self.limits.trials)
 
@@ -140,7 +169,19 @@ class StudySpec(Config):
         return self
 
     @model_validator(mode="after")
+    def _training_fits(self) -> Self:
+        if self.trial.adapter and self._searches_training:
+            message = "got a search of how to train, and trial.adapter, which is trained already; remove one of the two"
+            _reject(("search",), self.search, message)
+        if self.trial.report and not self._searches_training:
+            message = "got reports of a training that does not differ between trials; expected null: none can be pruned"
+            _reject(("trial", "report"), self.trial.report.model_dump(), message)
+        return self
+
+    @model_validator(mode="after")
     def _sampler_can_search(self) -> Self:
+        if not self.search:
+            return self
         try:
             self.sampler.size(self.search)
         except ValueError as error:

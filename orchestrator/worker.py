@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
     from evaluation.config import EvaluateConfig
     from evaluation.report import Reporter
-    from trainers.method import Method
+    from trainers.backbone import Model
+    from trainers.batch import Example
     from trainers.rundir import Score
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,16 @@ _DISK_FULL = ("no space left on device", "disk quota exceeded", "code: 28")
 _PEER_IS_GONE = ("gloo/transport", "connection closed by peer", "connection reset by peer", "broken pipe", "nccl")
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is judged."""
+
+    model: Model
+    """With the trained adapter active."""
+    held_out: Sequence[Example]
+    """Real pictures that nothing was trained on."""
+
+
 class _RankError(Config):
     """A rank's own failure; the first in time is the job's."""
 
@@ -79,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--sha256", required=True, help="hash that trial.yaml must have")
     parser.add_argument("--cache", required=True, type=Path, help="folder of frozen work that studies share")
+    parser.add_argument("--trained", type=Path, help="folder of trainings that trials share; else each trains")
     options = parser.parse_args(argv)
     _die_with_parent()
     run, rank = RunDir(options.run_dir), int(os.environ.get("RANK", "0"))
@@ -89,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _reserve(run, rank).write_bytes(b"\0" * _RESERVE_BYTES)
     _start_log(run, rank)
     try:
-        _work(run, options.sha256, options.cache)
+        _work(run, options.sha256, options.cache, options.trained)
     except Exception as error:  # noqa: BLE001  the edge of the process: whatever happened is written down
         _record(run, rank, error)
         return 1
@@ -98,27 +111,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _work(run: RunDir, sha256: str, cache: Path) -> None:
+def _work(run: RunDir, sha256: str, cache: Path, trained: Path | None) -> None:
     """Train, sample, score and write the result."""
     spec = TrialSpec.model_validate(thaw(run.trial, sha256))
+    from trainers.loop import peak_bytes
     from trainers.train import build_accelerator, train
 
     accelerator = build_accelerator(spec.train)
     seconds = {"start": time.time() - psutil.Process(os.getppid()).create_time()}
-    watch = _watch(spec, run, cache, accelerator) if spec.report else None
-    trained = train(spec.train, run, spec.seed, cache, accelerator, watch=watch)
-    scores = _evaluate(spec.evaluate, run, cache, trained.method, accelerator)
+    if trained or spec.adapter:
+        subject = _finished(spec, run, cache, trained, accelerator)
+    else:
+        watch = _watch(spec, run, cache, accelerator) if spec.report else None
+        method = train(spec.train, run, spec.seed, cache, accelerator, watch=watch).method
+        subject = Subject(method.model, method.held_out)
+    scores = _evaluate(spec.evaluate, run, cache, subject, accelerator)
     if accelerator.is_main_process:
-        from trainers.loop import peak_bytes
-
         result = RunResult(
             scores=scores,
             seconds=seconds | stage_seconds(run),
-            peak_bytes=max(trained.peak_bytes, peak_bytes(accelerator.device)),
+            peak_bytes=peak_bytes(accelerator.device),
             versions=versions(),
         )
         run.write(run.result, result)
     accelerator.end_training()
+
+
+def _finished(spec: TrialSpec, run: RunDir, cache: Path, trained: Path | None, accelerator: Accelerator) -> Subject:
+    """What another trial, or somebody else, has trained, or what this one trains for all."""
+    from orchestrator.trained import place_adapter, train_once
+
+    folder = spec.adapter
+    if folder is None:
+        assert trained is not None
+        folder = train_once(spec, run, trained, cache, accelerator)
+    if accelerator.is_main_process:
+        run.append("stage", stage="open", state="start")
+        place_adapter(folder, run.adapter)
+    # Whoever trained reads it again, too: what one trial is judged by, all are.
+    model = spec.train.load_trained(folder, accelerator)
+    held_out = spec.train.data.split().held_out if spec.evaluate.needs_references else ()
+    if accelerator.is_main_process:
+        run.append("stage", stage="open", state="end")
+    return Subject(model, held_out)
 
 
 def _watch(spec: TrialSpec, run: RunDir, cache: Path, accelerator: Accelerator) -> Reporter:
@@ -134,7 +169,7 @@ def _watch(spec: TrialSpec, run: RunDir, cache: Path, accelerator: Accelerator) 
 
 
 def _evaluate(
-    config: EvaluateConfig, run: RunDir, cache: Path, method: Method, accelerator: Accelerator
+    config: EvaluateConfig, run: RunDir, cache: Path, subject: Subject, accelerator: Accelerator
 ) -> dict[str, Score]:
     """Score what was trained, on all ranks together."""
     from accelerate.utils import gather_object
@@ -143,7 +178,7 @@ def _evaluate(
 
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, gather_object)
     with accelerator.autocast():
-        return evaluate(method.model, config, method.held_out, run, cache, ranks)
+        return evaluate(subject.model, config, subject.held_out, run, cache, ranks)
 
 
 def stage_seconds(run: RunDir) -> dict[str, float]:

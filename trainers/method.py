@@ -13,7 +13,7 @@ from trainers.batch import DataConfig
 from trainers.config import Choice
 from trainers.efficiency import AttentionKernel
 from trainers.ema import EmaConfig
-from trainers.errors import DataError
+from trainers.errors import DataError, ModelError
 from trainers.guidance import Guidance
 from trainers.loss import LossConfig
 from trainers.optim import Cosine, OptimizerConfig, ScheduleConfig
@@ -160,14 +160,18 @@ class MethodConfig(Choice):
         """Whether weights of the base itself are trained, so that an adapter's scale does not lead back to it."""
         return False
 
-    def check_guidance(self, guidance: Guidance) -> None:
+    def check_guidance(self, guidance: Guidance, *, finished: bool = False) -> None:
         """Refuse guidance by a version of the model that training does not leave behind.
+
+        Args:
+            guidance: How pictures are drawn.
+            finished: Whether the adapter was trained already; `check_finished` then looks for its weak version.
 
         Raises:
             ValueError: What is missing, and what to do.
         """
         versions = {term.version for term in guidance.terms()}
-        if guidance.needs_weak and not self.has_weak:
+        if guidance.needs_weak and not (self.has_weak or finished):
             raise ValueError(
                 "guidance.weak is checkpoint, and training exports no weak version; set train.weak_fraction, for "
                 "example 0.3, or guidance.weak: base"
@@ -202,6 +206,21 @@ class MethodConfig(Choice):
             )
         if self.samples:
             self.samples.check_model(self.backbone)
+
+    def check_finished(self, folder: Path, *, weak: bool) -> None:
+        """Find out, without torch, whether what `load_trained` is to read is there and of this model.
+
+        Args:
+            folder: What was trained.
+            weak: Whether a weak version must lie in `weak/` of it.
+
+        Raises:
+            ModelError: Something is missing, of another model, or of another size.
+        """
+        for needed in (folder, folder / "weak") if weak else (folder,):
+            if not needed.is_dir():
+                what = "an adapter" if needed == folder else "its weak version, which guidance leads away from"
+                raise ModelError(f"{needed}: no such folder; expected {what}")
 
     def frozen_dtype(self) -> torch.dtype:
         """What `precision` means for weights that are not trained."""

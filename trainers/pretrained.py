@@ -96,7 +96,7 @@ class PretrainedConfig(BackboneConfig):
     def weight_shapes(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         files = {name: self.weight_files(name) for name in self.networks}
         return {
-            name: {key: shape for file in parts if file.suffix == ".safetensors" for key, shape in _shapes(file)}
+            name: {key: shape for file in parts if file.suffix == ".safetensors" for key, shape in read_shapes(file)}
             for name, parts in files.items()
         }
 
@@ -264,7 +264,7 @@ def _check_size(file: Path) -> None:
         raise ModelError(f"{file}: {found} bytes, expected {expected}; download it again")
 
 
-def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+def read_shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every weight in a safetensors file; old text encoders also list positions, which are not."""
     for name, entry in _header(file)[1].items():
         if "F" in entry["dtype"]:

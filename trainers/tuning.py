@@ -19,6 +19,7 @@ from trainers.adapters.lora import (
 )
 from trainers.batch import init_seed
 from trainers.errors import ModelError
+from trainers.finished import check_finished
 from trainers.method import MethodConfig, Trained
 from trainers.version import Lineage
 
@@ -84,6 +85,12 @@ class TunedConfig(MethodConfig):
             used = {key: shapes[name][key] for key in _used(shapes[name], layers)}
             total += _count(used, self.text_encoder_lora, TEXT_TARGETS)
         return total
+
+    @override
+    def check_finished(self, folder: Path, *, weak: bool) -> None:
+        super().check_finished(folder, weak=weak)
+        for part in (folder, folder / "weak") if weak else (folder,):
+            check_finished(self, part)
 
     @override
     def load_trained(self, folder: Path | None, accelerator: Accelerator) -> Model:

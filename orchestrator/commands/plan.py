@@ -56,7 +56,13 @@ def _print_estimate(spec: StudySpec, needed: Estimate) -> None:
     pictures = len(trial.evaluate.prompts) * len(trial.evaluate.seeds)
     weights = " + ".join(f"{weight:g} x {name}" for name, weight in spec.objective.weights_by_score().items())
     say(f"to compute: {needed.trials_left} of {spec.num_trials} trials, {spec.limits.parallel} at a time;", end=" ")
-    say(f"each trains {trial.train.steps} steps of {trial.train.batch_size} examples,", end=" ")
+    training = f"trains {trial.train.steps} steps of {trial.train.batch_size} examples"
+    if trial.adapter:
+        say(f"nothing is trained: each takes the adapter in {trial.adapter},", end=" ")
+    elif spec.shares_training:
+        say(f"the first {training}, unless that was done before; all take that adapter, and each", end=" ")
+    else:
+        say(f"each {training},", end=" ")
     say(f"draws {pictures} pictures in {trial.evaluate.steps} steps and maximises {weights}")
     if needed.seconds_per_trial is None:
         say("time: unknown until the first trial has finished; `plan` measures it from then on")

@@ -1,5 +1,7 @@
 """The real worker around work that fails as `RunDir/failure.txt` says, for each rank: `RANK EXPRESSION` a line."""
 
+# pyright: basic
+
 import os
 import sys
 import time
@@ -10,7 +12,7 @@ from trainers import errors
 from trainers.rundir import RunDir
 
 
-def fail(run: RunDir, sha256: str, cache: Path) -> None:
+def fail(run: RunDir, sha256: str, cache: Path, trained: Path | None) -> None:
     print(f"working with {sha256}")
     for line in (run.path / "failure.txt").read_text().splitlines():
         rank, _, expression = line.partition(" ")

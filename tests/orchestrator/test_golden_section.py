@@ -1,5 +1,7 @@
 """Golden section against scipy, closed forms and random curves; and through the controller, killed at random."""
 
+# pyright: basic
+
 import math
 import random
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from scipy import optimize
 
 from evaluation.records import Record, write_records
 from orchestrator.drawing import DrawingSampler
-from orchestrator.golden_section import GoldenSectionSampler, Line, Point, paired_error
+from orchestrator.golden_section import GoldenSectionSampler
+from orchestrator.line import Line, Point, paired_error
 from orchestrator.search import CategoricalParameter, FloatParameter
 from orchestrator.spec import StudySpec
 from tests.orchestrator.cluster import Cluster, drive, spec_of
@@ -76,8 +79,8 @@ def test_it_finds_what_scipy_finds(peak: float):
     def curve(x: float) -> float:
         return math.exp(-((x - peak) ** 2) / 8) - 0.01 * abs(x - peak)
 
-    bounded = optimize.minimize_scalar(lambda x: -curve(x), bounds=(-10, 10), method="bounded").x
-    golden = optimize.minimize_scalar(lambda x: -curve(x), bracket=(peak - 1, peak + 0.3, peak + 2), method="golden").x
+    bounded = optimize.minimize_scalar(lambda x: -curve(x), bounds=(-10, 10), method="bounded").x  # pyright: ignore[reportAttributeAccessIssue]
+    golden = optimize.minimize_scalar(lambda x: -curve(x), bracket=(peak - 1, peak + 0.3, peak + 2), method="golden").x  # pyright: ignore[reportAttributeAccessIssue]
     found = search(curve, tolerance=1e-4, max_points=60).best().x
     assert found == pytest.approx(golden, abs=3e-4)
     assert found == pytest.approx(bounded, abs=3e-4)

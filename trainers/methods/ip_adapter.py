@@ -12,7 +12,7 @@ from trainers.adapters.lora import LoraConfig
 from trainers.batch import Stream
 from trainers.data.pairs import Pair, PairsConfig, check_pairs
 from trainers.errors import ConfigError
-from trainers.method import Method, Trained
+from trainers.method import Method, MethodConfig, Trained
 from trainers.streams import (
     STREAMS,
     AdaptersConfig,
@@ -151,6 +151,13 @@ class IpAdapterConfig(TunedConfig):
         tuned |= tune_text_encoders(backbone, self, seed)
         model = self._adapted(backbone, adapter)
         return IpAdapterMethod(self, seed, model, tuned, Inputs(images, texts, self._vectors(frozen, rows)))
+
+    @override
+    def check_finished(self, folder: Path, *, weak: bool) -> None:
+        if self.train_unet:
+            super().check_finished(folder, weak=weak)
+        else:
+            MethodConfig.check_finished(self, folder, weak=weak)
 
     @override
     def load_trained(self, folder: Path | None, accelerator: Accelerator) -> Model:
