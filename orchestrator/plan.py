@@ -195,8 +195,9 @@ def _seconds(spec: StudySpec, result: RunResult) -> float:
 
 
 def _training_disk(spec: StudySpec, params: Mapping[str, Value]) -> int:
-    """An adapter, and the checkpoints that lead to it."""
-    return spec.resolve(params).train.num_trainable() * _FLOAT * (1 + _ADAM_COPIES * (_CHECKPOINTS + 1))
+    """An adapter, those of earlier steps, and the checkpoints that lead to it."""
+    train = spec.resolve(params).train
+    return train.num_trainable() * _FLOAT * (train.num_exports + _ADAM_COPIES * (_CHECKPOINTS + 1))
 
 
 def _disk(spec: StudySpec, sizes: list[int]) -> tuple[int, str]:

@@ -202,13 +202,15 @@ class _Training:
         self.counted, self.timed, self.clock = 0, 0, now
 
     def look(self, step: int) -> None:
-        """Validate, draw samples and export the weak version, whatever is due after `step` steps."""
+        """Validate, draw samples and export, whatever is due after `step` steps."""
         config = self.config
         validation = config.validation if config.validation and self.due(step, config.validation.every) else None
         samples = config.samples if config.samples and self.due(step, config.samples.every) else None
         weak = step == config.weak_step
-        watch = self.watch if self.watch and self.watch.due(step) and step < self.config.steps else None
-        if not (validation or samples or weak or watch):
+        ended = step == config.steps
+        snapshots = config.snapshots if config.snapshots and config.snapshots.due(step) and not ended else None
+        watch = self.watch if self.watch and self.watch.due(step) and not ended else None
+        if not (validation or samples or weak or snapshots or watch):
             return
         clock = time.monotonic()
         with self._judged():
@@ -220,6 +222,8 @@ class _Training:
                 watch.look(self.method, step)
             if weak and self.accelerator.is_main_process:
                 self.method.export(self.run.adapter / "weak")
+            if snapshots and self.accelerator.is_main_process:
+                snapshots.write(self.method.export, self.run.snapshots, step)
         self.clock += time.monotonic() - clock
 
     def _validate(self, step: int, validation: ValidationConfig) -> None:

@@ -19,6 +19,7 @@ from trainers.loss import LossConfig
 from trainers.optim import Cosine, OptimizerConfig, ScheduleConfig
 from trainers.optimizers.adamw import AdamW
 from trainers.samples import SamplesConfig
+from trainers.snapshots import SnapshotsConfig
 from trainers.validation import ValidationConfig
 from trainers.version import TRAINED
 
@@ -120,6 +121,8 @@ class MethodConfig(Choice):
     """Null evaluates no loss on what is held out."""
     samples: SamplesConfig | None = None
     """Null draws no pictures before training has ended."""
+    snapshots: SnapshotsConfig | None = None
+    """Null exports nothing before training has ended."""
     weak_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Export the weights of so early a step too, beside the final ones in `weak/`: a worse version of the same model,
     which autoguidance leads away from (Karras et al., 2024, arXiv:2406.02507). Null exports none."""
@@ -141,6 +144,11 @@ class MethodConfig(Choice):
                 f"weak_fraction {self.weak_fraction:g} of {self.steps} steps is step {self.weak_step}; expected one "
                 "between the first and the last"
             )
+        if self.snapshots and not self.snapshots.count(self.steps):
+            raise ValueError(
+                f"snapshots every {self.snapshots.every} of {self.steps} steps, after the first {self.snapshots.after}: "
+                "there is none; lower every or after, or remove snapshots"
+            )
         if self.validation:
             self.data.check_validation()
         if self.samples and self.samples.guidance.needs_weak:
@@ -154,6 +162,11 @@ class MethodConfig(Choice):
     def has_weak(self) -> bool:
         """Whether a weak version lies in `weak/` of the adapter's folder after training."""
         return self.weak_fraction is not None
+
+    @property
+    def num_exports(self) -> int:
+        """How many times what is trained lies in the run's directory after training."""
+        return 1 + self.has_weak + (self.snapshots.count(self.steps) if self.snapshots else 0)
 
     @property
     def trains_whole(self) -> bool:

@@ -99,6 +99,11 @@ class RunDir:
         return self.path / "adapter"
 
     @property
+    def snapshots(self) -> Path:
+        """Adapters of earlier steps, each in a folder that is named by its step."""
+        return self.path / "snapshots"
+
+    @property
     def samples(self) -> Path:
         """Scored pictures, and `grid.png`."""
         return self.path / "samples"
