@@ -146,8 +146,8 @@ class MethodConfig(Choice):
             )
         if self.snapshots and not self.snapshots.count(self.steps):
             raise ValueError(
-                f"snapshots every {self.snapshots.every} of {self.steps} steps, after the first {self.snapshots.after}: "
-                "there is none; lower every or after, or remove snapshots"
+                f"snapshots every {self.snapshots.every} of {self.steps} steps, not in the first "
+                f"{self.snapshots.after}: there is none; lower every or after, or remove snapshots"
             )
         if self.validation:
             self.data.check_validation()
