@@ -103,12 +103,14 @@ class PriorConfig(Config):
         """Everything that determines what is drawn, save for the number of the picture."""
         from trainers.cache import digest
 
-        config = frozen.config
-        files = (*config.denoiser_files(), *config.text_files(), *config.image_files())
+        model_config = frozen.config
+        files = (*model_config.denoiser_files(), *model_config.text_files(), *model_config.image_files())
         sampling = self._sampling(resolution).model_dump_json(exclude={"batch_size"})
-        noise = str(sorted(frozen.backbone.sampling_scheduler(self.scheduler).config.items()))
+        config = frozen.backbone.sampling_scheduler(self.scheduler).config
+        # What diffusers notes for itself stands in another order in every process.
+        noise = str(sorted(item for item in config.items() if not item[0].startswith("_")))
         model = frozen.describe(files, frozen.backbone.dtype)
-        return digest("class", self.prompt, sampling, noise, model, *config.text_options)
+        return digest("class", self.prompt, sampling, noise, model, *model_config.text_options)
 
     def _reader(self, folder: Path, resolution: int) -> FolderConfig:
         return FolderConfig(path=folder, resolution=resolution, instance_prompt=self.prompt)

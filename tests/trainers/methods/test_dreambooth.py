@@ -118,6 +118,25 @@ def test_a_picture_of_the_class_does_not_depend_on_how_many_are_drawn_at_once(ma
         assert (pair[0] - pair[1]).abs().max() <= 1
 
 
+def test_another_process_finds_the_class_pictures_that_one_has_drawn(make, accelerator, tmp_path, monkeypatch):
+    """diffusers keeps a list made from a set of strings, which stands in another order in every process."""
+    from trainers.unet import UnetBackbone
+
+    stock = UnetBackbone.sampling_scheduler
+
+    def shuffled(self, name):
+        scheduler = stock(self, name)
+        defaults = scheduler.config["_use_default_values"]
+        assert len(defaults) > 1
+        scheduler.register_to_config(_use_default_values=defaults[::-1])
+        return scheduler
+
+    make(prior=PRIOR).build(0, tmp_path, accelerator)
+    monkeypatch.setattr(UnetBackbone, "sampling_scheduler", shuffled)
+    monkeypatch.setattr("trainers.backbones.sdxl.Sdxl.decode", None)
+    make(prior=PRIOR).build(1, tmp_path, accelerator)
+
+
 def test_a_users_class_pictures_come_first_and_their_folder_is_left_alone(make, accelerator, pictures, tmp_path):
     folder = tmp_path / "class"
     folder.mkdir()
