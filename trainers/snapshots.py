@@ -39,7 +39,7 @@ class SnapshotsConfig(Config):
         written = sum(self.due(step) for step in range(self.every, steps, self.every))
         return written if self.keep is None else min(written, self.keep)
 
-    def write(self, export: Callable[[Path], None], folder: Path, step: int) -> None:
+    def write(self, export: Callable[[Path], object], folder: Path, step: int) -> None:
         """Export what `step` steps have made into a folder inside `folder`, which appears as a whole; drop old ones."""
         target = folder / f"step-{step:07d}"
         temporary = folder / f".{target.name}.tmp"

@@ -1,5 +1,7 @@
 """Adapters of earlier steps, exported while training goes on."""
 
+# pyright: basic, reportPrivateImportUsage=false
+
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline

@@ -1,3 +1,4 @@
+# pyright: basic, reportPrivateImportUsage=false
 import diffusers
 import pytest
 import torch
