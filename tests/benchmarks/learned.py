@@ -31,6 +31,7 @@ from trainers.rundir import RunDir, thaw
 from trainers.sampling import generate
 from trainers.train import build_accelerator
 
+_FIRST_LINE = (__doc__ or "").splitlines()[0]
 RESULTS = Path(__file__).parent / "results"
 FRESH_SEEDS = (1001, 1002, 1003)
 """That no study's panel uses."""
@@ -78,6 +79,7 @@ def draw(model: Model, who: str, scenes: Scenes, sampling: SamplingConfig, folde
         pixels = to_unit(torch.from_numpy(np.array(sample.image)).permute(2, 0, 1)[None])
         truth[name, sample.seed] = compare(pixels, scenes[sample.prompt])[0].whole
         if sample.seed == FRESH_SEEDS[0]:
+            folder.mkdir(parents=True, exist_ok=True)
             pictures[name, who] = folder / f"{who}_{len(truth)}.png"
             sample.image.save(pictures[name, who])
     return Drawn(truth, pictures)
@@ -96,7 +98,7 @@ def report(name: str, trial: Path, learnt: Scenes, kept: Scenes | None = None) -
         for who, adapter in (("before", None), ("after", RunDir(trial).adapter)):
             model = spec.train.load_trained(adapter, accelerator)
             for what, scenes in parts.items():
-                drawn[what, who] = draw(model, who, scenes, sampling, Path(folder))
+                drawn[what, who] = draw(model, who, scenes, sampling, Path(folder) / what)
         for what, scenes in parts.items():
             before, after = drawn[what, "before"], drawn[what, "after"]
             gain = paired_difference(after.truth, before.truth)
@@ -112,7 +114,7 @@ def report(name: str, trial: Path, learnt: Scenes, kept: Scenes | None = None) -
     text = (
         f"# {name}: learnt and kept\n\n{table}\n\n![before and after](learned_{name}.png)\n\n"
         f"`{type(spec.train).__name__}`, {spec.train.steps} steps of {spec.train.batch_size}; two CPU cores; torch "
-        f"{used['torch']}, diffusers {used['diffusers']}. {__doc__.splitlines()[0]}\n"
+        f"{used['torch']}, diffusers {used['diffusers']}. {_FIRST_LINE}\n"
     )
     (RESULTS / f"learned_{name}.md").write_text(text, encoding="utf-8")
     return table

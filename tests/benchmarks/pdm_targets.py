@@ -17,11 +17,11 @@ import platform
 import random
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from evaluation.statistics import estimate, paired_difference
@@ -40,24 +40,39 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "studies" / "data" / "zog"
 RESULTS = Path(__file__).parent / "results"
 PICTURES = ("00", "02", "04", "06", "08")
-STEPS = 150
-_CLASS = {"prompt": "a star"}
-_INVERTED = {"target": {"kind": "inverted", "steps": 50}, **_CLASS}
-VARIANTS: Mapping[str, dict[str, Any] | None] = {
-    "no matching": None,
-    "same latent, own prompt, weight 10": {"weight": 10.0},
-    "same latent, own prompt, weight 1": {"weight": 1.0},
-    "inverted, class prompt, weight 0.05": {"weight": 0.05, **_INVERTED},
-    "same latent, class prompt, weight 1": {"weight": 1.0, **_CLASS},
-    "inverted, class prompt, weight 0.3": {"weight": 0.3, **_INVERTED},
-    "inverted, class prompt, weight 0.3, t < 500": {"weight": 0.3, **_INVERTED, "timesteps": (0, 499)},
+Rows = list[dict[str, Any]]
+"""One a picture: what drew it, what was asked for, and the truth."""
+STEPS, RATE = 150, 3e-3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained beside the subject's denoising loss, and for how long."""
+
+    pdm: Mapping[str, Any] | None = None
+    """The section `pdm`; None leaves matching out."""
+    steps: int = STEPS
+
+
+_INVERTED = {"target": {"kind": "inverted", "steps": 50}}
+VARIANTS: Mapping[str, Variant] = {
+    "no matching": Variant(),
+    "no matching, half the steps": Variant(steps=STEPS // 2),
+    "same latents, weight 1": Variant({"weight": 1.0}),
+    "same latents, weight 10": Variant({"weight": 10.0}),
+    "inverted, weight 0.3": Variant({"weight": 0.3, **_INVERTED}),
+    "inverted, weight 1": Variant({"weight": 1.0, **_INVERTED}),
+    "inverted, class prompt, weight 0.05": Variant({"weight": 0.05, "prompt": "a star", **_INVERTED}),
 }
-"""The inverted latents under the class's prompt are the published choice, 0.05 its weight for LoRA."""
+"""The last is the published choice, 0.05 its weight for LoRA; half the steps is keeping by learning less."""
+PAIRS = (("same latents, weight 1", "inverted, weight 0.3"), ("same latents, weight 1", "inverted, weight 1"))
+"""Of which differences are shown too."""
 MEASURES = {
-    "subject": ("learnt", "subject"),
-    "its background": ("learnt", "background"),
-    "class kept": ("class", "whole"),
-    "others kept": ("others", "whole"),
+    "subject": (("learnt",), "subject"),
+    "its background": (("learnt",), "background"),
+    "class kept": (("class",), "whole"),
+    "others kept": (("others",), "whole"),
+    "all kept": (("class", "others"), "whole"),
 }
 
 
@@ -77,7 +92,7 @@ def judged_scenes() -> dict[str, dict[str, Scene]]:
 
 def trial(variant: str, seed: int, folder: Path) -> list[dict[str, Any]]:
     """Train one variant with one seed, or take the base, and judge what it draws; one row a picture."""
-    pdm = VARIANTS.get(variant)
+    chosen = VARIANTS.get(variant, Variant())
     pictures = folder / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     for name in PICTURES:
@@ -89,16 +104,16 @@ def trial(variant: str, seed: int, folder: Path) -> list[dict[str, Any]]:
             "backbone": {"kind": "sdxl", "path": ROOT / "trainers" / "miniature" / "weights" / "sdxl"},
             "data": {"kind": "folder", "path": pictures, "resolution": 64},
             "lora": {"rank": 8},
-            "optimizer": {"kind": "adamw", "lr": 3e-3},
+            "optimizer": {"kind": "adamw", "lr": RATE},
             "schedule": {"kind": "cosine", "warmup_steps": 10},
-            "pdm": pdm,
-            "steps": STEPS,
-            "batch_size": 4 if pdm else 2,
+            "pdm": chosen.pdm,
+            "steps": chosen.steps,
+            "batch_size": 4 if chosen.pdm else 2,
             "checkpoint_every": STEPS,
         }
     )
     accelerator = build_accelerator(config)
-    run = RunDir(folder / f"{seed}_{variant.replace(' ', '_').replace(',', '').replace('<', '')}")
+    run = RunDir(folder / _slug(variant, seed))
     shutil.rmtree(run.path, ignore_errors=True)
     if variant == "base":
         model = config.load_trained(None, accelerator)
@@ -129,54 +144,67 @@ def run(folder: Path, seeds: list[int]) -> None:
     """Every variant with every seed that is not yet in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
-        for number, variant in enumerate(("base", *VARIANTS)):
-            file = folder / f"{number}_{seed}.json"
+        for variant in ("base", *VARIANTS):
+            file = folder / f"{_slug(variant, seed)}.json"
             if not file.exists():
                 file.write_text(json.dumps(trial(variant, seed, folder)), encoding="utf-8")
                 print(file, flush=True)
 
 
-def panel(rows: pd.DataFrame, measure: str) -> dict[tuple[str, int], float]:
+def _slug(variant: str, seed: int) -> str:
+    return f"{seed}_{variant.replace(',', '').replace(' ', '_')}"
+
+
+def panel(rows: Rows, measure: str) -> dict[tuple[str, int], float]:
     """One value for each prompt and seed; a trial draws with its own training seed."""
-    group, column = MEASURES[measure]
-    chosen = rows[rows.group == group]
-    return {(row.prompt, row.seed): getattr(row, column) for row in chosen.itertuples()}
+    groups, column = MEASURES[measure]
+    return {(row["prompt"], row["seed"]): row[column] for row in rows if row["group"] in groups}
 
 
 def write(folder: Path) -> None:
     """The table, from whatever is in the folder."""
     files = sorted(folder.glob("*.json"))
-    table = pd.DataFrame([row for file in files for row in json.loads(file.read_text(encoding="utf-8"))])
-    seeds = sorted(set(table.seed))
-    plain = table[table.variant == "no matching"]
-    header = ["| target of matching | " + " | ".join(MEASURES) + " |", "| --- |" + " --- |" * len(MEASURES)]
+    by_variant: dict[str, Rows] = {}
+    for file in files:
+        rows: Rows = json.loads(file.read_text(encoding="utf-8"))
+        by_variant.setdefault(rows[0]["variant"], []).extend(rows)
     lines: list[str] = []
     for variant in ("base", *VARIANTS):
-        rows = table[table.variant == variant]
         cells: list[str] = []
         for measure in MEASURES:
-            values = panel(rows, measure)
-            cell = f"{estimate(values).mean:.3f}"
+            cell = f"{estimate(panel(by_variant[variant], measure)).mean:.3f}"
             if variant not in ("base", "no matching"):
-                gain = paired_difference(values, panel(plain, measure))
-                clear = " ↑" if gain.low > 0 else " ↓" if gain.high < 0 else ""
-                cell += f", {gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}){clear}"
+                cell += f", {_change(by_variant[variant], by_variant['no matching'], measure)}"
             cells.append(cell)
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    pairs = [
+        f"| {ours}, against {theirs} | "
+        + " | ".join(_change(by_variant[ours], by_variant[theirs], measure) for measure in MEASURES)
+        + " |"
+        for ours, theirs in PAIRS
+    ]
+    seeds = ", ".join(map(str, sorted({row["seed"] for row in by_variant["base"]})))
     text = [
         "# Targets of the query-matching loss",
         "",
-        f"`python -m tests.benchmarks.pdm_targets`: training seeds {', '.join(map(str, seeds))}, {STEPS} steps, LoRA",
-        f"of rank 8 at 3e-3, five pictures; {platform.machine()}, torch {torch.__version__}.",
+        f"`python -m tests.benchmarks.pdm_targets`: training seeds {seeds}, {STEPS} steps, LoRA of rank 8 at",
+        f"{RATE}, {len(PICTURES)} pictures; {platform.machine()}, torch {torch.__version__}.",
         "Truth, from 0 to 1; behind it the paired difference to no matching with its 95 % interval. Arrows: the",
-        "interval lies above or below 0.",
+        "interval lies above or below 0. Targets are told the picture's own caption unless the row says otherwise.",
         "",
-        *header,
+        "| target of matching | " + " | ".join(MEASURES) + " |",
+        "| --- |" + " --- |" * len(MEASURES),
         *lines,
+        *pairs,
     ]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "pdm_targets.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    print("\n".join(text))
+
+
+def _change(ours: Rows, theirs: Rows, measure: str) -> str:
+    gain = paired_difference(panel(ours, measure), panel(theirs, measure))
+    clear = " ↑" if gain.low > 0 else " ↓" if gain.high < 0 else ""
+    return f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}){clear}"
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class PdmConfig(Config):
     """The query-matching loss on the subject's pictures."""
 
-    weight: PositiveFloat = 0.05
+    weight: PositiveFloat = 1.0
     """Factor of the loss."""
     target: QueryTarget = SameLatent()
     """The latents at which the untrained model's queries are read."""

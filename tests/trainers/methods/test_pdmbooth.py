@@ -1,8 +1,9 @@
+# pyright: basic
 import itertools
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from tests.contracts.method import MethodContract, weights
 from tests.trainers.conftest import build_pictures
@@ -19,7 +20,10 @@ class TestAllThreeWithMasks(MethodContract):
     def config(self, make_pdmbooth, folder):
         only_picture(folder)
         return make_pdmbooth(
-            instance={"masked": True}, prior=PRIOR, pdm={"prompt": "a star", "masked": True}, masks=masks_in(folder)
+            instance={"masked": True},
+            prior=PRIOR,
+            pdm={"prompt": "a star", "masked": True, "weight": 0.05},
+            masks=masks_in(folder),
         )
 
     def test_held_out_examples_are_judged_on_noise_that_never_changes(self):
