@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
     from pathlib import Path
 
+    import torch
     from PIL import Image
 
     from evaluation.config import EvaluateConfig
@@ -42,12 +43,30 @@ class Ranks:
     """Everyone's items in one list, on every rank (`accelerate.utils.gather_object`)."""
 
 
+def open_scorers(
+    config: EvaluateConfig, references: Sequence[Source], device: torch.device, cache: Path
+) -> dict[str, Scorer]:
+    """Every metric with its models in memory, a model that several use once.
+
+    Args:
+        config: Names the metrics.
+        references: Held-out pictures.
+        device: Of the models.
+        cache: Folder of embeddings that studies share.
+
+    Raises:
+        ModelError: A scoring model is missing or broken.
+        DataError: A metric needs references and there are none, or one cannot be read.
+    """
+    encoders = ClipEncoders(device, Cache(cache))
+    return {name: metric.open(encoders, references) for name, metric in config.metrics.items()}
+
+
 def evaluate(
     model: Model,
     config: EvaluateConfig,
-    references: Sequence[Source],
+    scorers: Mapping[str, Scorer],
     run: RunDir,
-    cache: Path,
     ranks: Ranks | None = None,
 ) -> dict[str, Score]:
     """Draw the panel with `model`, score it, and leave `samples/`, `grid.png` and `records.jsonl` in the run.
@@ -59,22 +78,17 @@ def evaluate(
     Args:
         model: With the trained adapter active.
         config: The panel and its metrics.
-        references: Held-out pictures.
+        scorers: What `open_scorers` opened for `config`.
         run: Seen by all ranks.
-        cache: Folder of embeddings that studies share.
         ranks: One process by default.
 
     Returns:
         Each metric's score, on every rank.
 
     Raises:
-        ModelError: A scoring model is missing or broken; known before anything is drawn.
-        DataError: A metric needs references and there are none, or one cannot be read.
         NonFiniteError: A picture came out with NaN or infinite pixels.
     """
     ranks = ranks or Ranks()
-    encoders = ClipEncoders(model.device, Cache(cache))
-    scorers = {name: metric.open(encoders, references) for name, metric in config.metrics.items()}
     files = name_files(config.prompts, config.seeds)
     share = dict(list(files.items())[ranks.rank :: ranks.world])
     with _stage(run, "sample", ranks):

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 from trainers.prompt import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
+
+    import torch
 
     from evaluation.config import EvaluateConfig, ReportConfig
     from evaluation.evaluate import Ranks
     from evaluation.metric import Scorer
+    from trainers.batch import Source
     from trainers.method import Method
     from trainers.rundir import RunDir
 
@@ -33,8 +36,8 @@ class Reporter:
     ) -> None:
         self._report, self._config, self._run, self._cache = report, config, run, cache
         self._ranks, self._autocast = ranks, autocast
-        self._scorers: dict[str, Scorer] | None = None
-        """Opened at the first report, and kept."""
+        self._scorers: Mapping[str, Scorer] | None = None
+        """Opened when first needed, and kept."""
 
     def due(self, step: int) -> bool:
         """Whether a report is wanted after so many steps."""
@@ -44,7 +47,7 @@ class Reporter:
         """Draw and score the panel; ranks share the work."""
         from trainers.sampling import generate
 
-        scorers = self._open(method)
+        scorers = self.scorers(method.held_out, method.model.device)
         prompts = self._config.prompts[: self._report.prompts]
         seeds = self._config.seeds[: self._report.seeds]
         requests = [Request(prompt, seed) for prompt in prompts for seed in seeds]
@@ -61,14 +64,12 @@ class Reporter:
             "report", step=step, scores={name: _mean(values) for name, values in means.items()}, prompts=means
         )
 
-    def _open(self, method: Method) -> dict[str, Scorer]:
+    def scorers(self, references: Sequence[Source], device: torch.device) -> Mapping[str, Scorer]:
+        """The metrics with their models in memory; for the final evaluation, too."""
         if self._scorers is None:
-            from evaluation.encoders import ClipEncoders
-            from trainers.cache import Cache
+            from evaluation.evaluate import open_scorers
 
-            encoders = ClipEncoders(method.model.device, Cache(self._cache))
-            metrics = self._config.metrics.items()
-            self._scorers = {name: metric.open(encoders, method.held_out) for name, metric in metrics}
+            self._scorers = open_scorers(self._config, references, device, self._cache)
         return self._scorers
 
 

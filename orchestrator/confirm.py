@@ -148,15 +148,16 @@ def _judge(contest: Contest) -> Confirmation:
 
 
 def _draw(spec: StudySpec, frozen: TrialSpec, adapter: Path | None, run: RunDir) -> None:
-    from evaluation.evaluate import evaluate
+    from evaluation.evaluate import evaluate, open_scorers
     from trainers.train import build_accelerator
 
     accelerator = build_accelerator(frozen.train)
     model = frozen.train.load_trained(adapter, accelerator)
     config = frozen.evaluate.model_copy(update={"seeds": fresh_seeds(spec.confirm_seeds)})
     references = frozen.train.data.split().held_out
+    scorers = open_scorers(config, references, model.device, spec.cache)
     with accelerator.autocast():
-        evaluate(model, config, references, run, spec.cache)
+        evaluate(model, config, scorers, run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,11 +31,12 @@ from trainers.errors import CheckpointError, ConfigError, DataError, ModelError,
 from trainers.rundir import RunDir, RunError, RunResult, thaw
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from accelerate import Accelerator
 
     from evaluation.config import EvaluateConfig
+    from evaluation.metric import Scorer
     from evaluation.report import Reporter
     from trainers.backbone import Model
     from trainers.batch import Example
@@ -119,13 +120,15 @@ def _work(run: RunDir, sha256: str, cache: Path, trained: Path | None) -> None:
 
     accelerator = build_accelerator(spec.train)
     seconds = {"start": time.time() - psutil.Process(os.getppid()).create_time()}
+    watch = None
     if trained or spec.adapter:
         subject = _finished(spec, run, cache, trained, accelerator)
     else:
         watch = _watch(spec, run, cache, accelerator) if spec.report else None
         method = train(spec.train, run, spec.seed, cache, accelerator, watch=watch).method
         subject = Subject(method.model, method.held_out)
-    scores = _evaluate(spec.evaluate, run, cache, subject, accelerator)
+    scorers = _scorers(spec, cache, subject, watch)
+    scores = _evaluate(spec.evaluate, run, scorers, subject, accelerator)
     if accelerator.is_main_process:
         result = RunResult(
             scores=scores,
@@ -168,8 +171,17 @@ def _watch(spec: TrialSpec, run: RunDir, cache: Path, accelerator: Accelerator) 
     return Reporter(spec.report, spec.evaluate, run, cache, ranks, accelerator.autocast)
 
 
+def _scorers(spec: TrialSpec, cache: Path, subject: Subject, watch: Reporter | None) -> Mapping[str, Scorer]:
+    """What judges the trial; models that scored its reports are not opened again."""
+    from evaluation.evaluate import open_scorers
+
+    if watch:
+        return watch.scorers(subject.held_out, subject.model.device)
+    return open_scorers(spec.evaluate, subject.held_out, subject.model.device, cache)
+
+
 def _evaluate(
-    config: EvaluateConfig, run: RunDir, cache: Path, subject: Subject, accelerator: Accelerator
+    config: EvaluateConfig, run: RunDir, scorers: Mapping[str, Scorer], subject: Subject, accelerator: Accelerator
 ) -> dict[str, Score]:
     """Score what was trained, on all ranks together."""
     from accelerate.utils import gather_object
@@ -178,7 +190,7 @@ def _evaluate(
 
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, gather_object)
     with accelerator.autocast():
-        return evaluate(subject.model, config, subject.held_out, run, cache, ranks)
+        return evaluate(subject.model, config, scorers, run, ranks)
 
 
 def stage_seconds(run: RunDir) -> dict[str, float]:

@@ -8,6 +8,8 @@ interval is a paired bootstrap over prompts against the untrained base. The tabl
 say, so that objectives can be compared with the truth. Results go to tests/benchmarks/results/.
 """
 
+# pyright: basic, reportAttributeAccessIssue=false, reportArgumentType=false
+
 import argparse
 import itertools
 import json
@@ -26,7 +28,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from evaluation.config import EvaluateConfig
-from evaluation.evaluate import evaluate
+from evaluation.evaluate import evaluate, open_scorers
 from evaluation.records import Record, read_records
 from evaluation.statistics import paired_difference
 from trainers.methods.sdxl_lora import SdxlLoraConfig
@@ -99,7 +101,8 @@ def trial(concept: str, point: Point, run: RunDir, cache: Path) -> list[Record]:
     )
     accelerator = build_accelerator(config)
     method = train(config, run, 0, cache, accelerator).method
-    evaluate(method.backbone, judged, [example.path for example in method.held_out], run, cache)
+    scorers = open_scorers(judged, method.held_out, method.backbone.device, cache)
+    evaluate(method.backbone, judged, scorers, run)
     return read_records(run.records)
 
 

@@ -12,6 +12,8 @@ Both ways run the same frozen trials of `studies/hpo.yaml`, one after the other,
 Results go to tests/benchmarks/results/overhead.md.
 """
 
+# pyright: basic
+
 import argparse
 import platform
 import subprocess
@@ -23,7 +25,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from evaluation.evaluate import evaluate
+from evaluation.evaluate import evaluate, open_scorers
 from orchestrator.spec import TrialSpec
 from orchestrator.worker import stage_seconds
 from trainers.rundir import RunDir, RunResult, thaw
@@ -61,9 +63,9 @@ def scripted(frozen: Path, run: RunDir) -> dict[str, float]:
     spec = TrialSpec.model_validate(thaw(frozen))
     model = spec.train.load_trained(run.adapter, build_accelerator(spec.train))
     one_by_one = spec.evaluate.model_copy(update={"batch_size": 1})
-    references = [example.path for example in spec.train.data.split().held_out]
     with tempfile.TemporaryDirectory() as cache:
-        evaluate(model, one_by_one, references, run, Path(cache))
+        scorers = open_scorers(one_by_one, spec.train.data.split().held_out, model.device, Path(cache))
+        evaluate(model, one_by_one, scorers, run)
     return stage_seconds(run) | {"total": time.monotonic() - started}
 
 
@@ -84,7 +86,7 @@ def compare(trials: int) -> pd.DataFrame:
     rows = pd.DataFrame({"ours": pd.DataFrame(stages).mean(), "scripted": pd.DataFrame(usual).mean()}).T
     rows.loc["ours", "total"] = passed / trials
     rows["overhead"] = rows["total"] - rows[list(STAGES)].sum(axis=1)
-    return rows[[*STAGES, "overhead", "total"]]
+    return rows.loc[:, [*STAGES, "overhead", "total"]]
 
 
 def main() -> None:

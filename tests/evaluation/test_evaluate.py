@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from evaluation.config import EvaluateConfig
-from evaluation.evaluate import Ranks, evaluate, name_files
+from evaluation.evaluate import Ranks, evaluate, name_files, open_scorers
 from evaluation.metric import PromptScorer
 from evaluation.metrics import clip
 from evaluation.records import read_records
@@ -57,12 +57,16 @@ def run(tmp_path):
     return RunDir(tmp_path / "run")
 
 
+def judge(backbone, config, references, run, cache, ranks=None):
+    return evaluate(backbone, config, open_scorers(config, references, backbone.device, cache), run, ranks)
+
+
 def values_of(run):
     return [[record.values[name] for name in ("clip_t", "clip_i", "aesthetic")] for record in read_records(run.records)]
 
 
 def test_every_picture_of_the_panel_is_kept_with_what_was_measured_on_it(backbone, config, references, run, tmp_path):
-    evaluate(backbone, config, references, run, tmp_path / "cache")
+    judge(backbone, config, references, run, tmp_path / "cache")
     records = read_records(run.records)
     assert [(record.prompt, record.seed) for record in records] == [(p, s) for p in PROMPTS for s in SEEDS]
     for record in records:
@@ -74,7 +78,7 @@ def test_every_picture_of_the_panel_is_kept_with_what_was_measured_on_it(backbon
 
 
 def test_scores_are_means_over_prompts_of_what_the_records_hold(backbone, config, references, run, tmp_path):
-    scores = evaluate(backbone, config, references, run, tmp_path / "cache")
+    scores = judge(backbone, config, references, run, tmp_path / "cache")
     for place, name in enumerate(("clip_t", "clip_i", "aesthetic")):
         by_prompt = np.array(values_of(run))[:, place].reshape(len(PROMPTS), len(SEEDS)).mean(axis=1)
         assert scores[name].mean == pytest.approx(by_prompt.mean())
@@ -89,7 +93,7 @@ def test_a_value_can_be_found_again_from_the_picture_file(backbone, config, refe
     from evaluation.encoders import ClipEncoders
     from trainers.cache import Cache
 
-    evaluate(backbone, config, references, run, tmp_path / "cache")
+    judge(backbone, config, references, run, tmp_path / "cache")
     encoder = ClipEncoders(torch.device("cpu"), Cache(tmp_path / "other")).clip(config.metrics["clip_i"].model)
     for record in read_records(run.records):
         with Image.open(run.path / record.file) as picture:
@@ -98,18 +102,18 @@ def test_a_value_can_be_found_again_from_the_picture_file(backbone, config, refe
 
 
 def test_two_ranks_measure_what_one_does(backbone, config, references, run, tmp_path):
-    alone = evaluate(backbone, config, references, RunDir(tmp_path / "alone"), tmp_path / "cache")
+    alone = judge(backbone, config, references, RunDir(tmp_path / "alone"), tmp_path / "cache")
     sent = []
 
     def second(items):
         sent.extend(items)
         return items
 
-    evaluate(backbone, config, references, run, tmp_path / "cache", Ranks(1, 2, second))
+    judge(backbone, config, references, run, tmp_path / "cache", Ranks(1, 2, second))
     assert len(sent) == 3
     assert not run.records.exists()
     assert not run.events.exists()
-    scores = evaluate(backbone, config, references, run, tmp_path / "cache", Ranks(0, 2, lambda items: [*items, *sent]))
+    scores = judge(backbone, config, references, run, tmp_path / "cache", Ranks(0, 2, lambda items: [*items, *sent]))
     np.testing.assert_allclose(values_of(run), values_of(RunDir(tmp_path / "alone")), atol=1e-3)
     assert {path.name for path in run.samples.iterdir()} == {
         path.name for path in (tmp_path / "alone/samples").iterdir()
@@ -122,22 +126,22 @@ def test_two_ranks_measure_what_one_does(backbone, config, references, run, tmp_
 def test_more_ranks_than_pictures_is_no_error(backbone, config, references, run, tmp_path):
     few = config.model_copy(update={"prompts": (Prompt(text=PROMPTS[0]),), "seeds": (0,)})
     sent = []
-    evaluate(backbone, few, references, run, tmp_path / "cache", Ranks(1, 2, lambda items: sent.append(items) or items))
+    judge(backbone, few, references, run, tmp_path / "cache", Ranks(1, 2, lambda items: sent.append(items) or items))
     assert sent == [[]]
 
 
 def test_what_a_crash_left_behind_changes_nothing(backbone, config, references, run, tmp_path):
-    evaluate(backbone, config, references, run, tmp_path / "cache")
+    judge(backbone, config, references, run, tmp_path / "cache")
     first = run.records.read_bytes(), (run.samples / "grid.png").read_bytes()
     run.records.unlink()
     next(run.samples.glob("0001*")).write_bytes(b"half a pict")
     next(run.samples.glob("0002*")).unlink()
-    evaluate(backbone, config, references, run, tmp_path / "cache")
+    judge(backbone, config, references, run, tmp_path / "cache")
     assert (run.records.read_bytes(), (run.samples / "grid.png").read_bytes()) == first
 
 
 def test_stages_are_events(backbone, config, references, run, tmp_path):
-    evaluate(backbone, config, references, run, tmp_path / "cache")
+    judge(backbone, config, references, run, tmp_path / "cache")
     events = [json.loads(line) for line in run.events.read_text().splitlines()]
     assert {event["event"] for event in events} == {"stage"}
     stages = [(event["stage"], event["state"]) for event in events]
@@ -154,7 +158,7 @@ def test_undefined_values_are_counted_and_never_replaced(backbone, config, refer
         ]
 
     monkeypatch.setattr(PromptScorer, "values", values)
-    score = evaluate(backbone, config, references, run, tmp_path / "cache")["clip_t"]
+    score = judge(backbone, config, references, run, tmp_path / "cache")["clip_t"]
     assert (score.num_samples, score.num_undefined) == (4, 2)
     assert score.mean == pytest.approx(np.nanmean(np.array(values_of(run))[:, 0]))
 
@@ -162,13 +166,13 @@ def test_undefined_values_are_counted_and_never_replaced(backbone, config, refer
 def test_a_missing_scoring_model_is_known_before_anything_is_drawn(backbone, config, references, run, tmp_path):
     metrics = {"clip_t": clip.ClipText(model=tmp_path / "nowhere")}
     with pytest.raises(ModelError, match="nowhere"):
-        evaluate(backbone, config.model_copy(update={"metrics": metrics}), references, run, tmp_path / "cache")
+        judge(backbone, config.model_copy(update={"metrics": metrics}), references, run, tmp_path / "cache")
     assert not run.path.exists()
 
 
 def test_missing_references_are_known_before_anything_is_drawn(backbone, config, run, tmp_path):
     with pytest.raises(DataError, match="held-out"):
-        evaluate(backbone, config, [], run, tmp_path / "cache")
+        judge(backbone, config, [], run, tmp_path / "cache")
     assert not run.path.exists()
 
 

@@ -1,5 +1,7 @@
 """The small panel that is scored while a trial trains."""
 
+# pyright: basic
+
 import math
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -13,6 +15,8 @@ from evaluation.evaluate import Ranks
 from evaluation.report import Reporter
 from trainers.prompt import Sample
 from trainers.rundir import RunDir
+
+METHOD: Any = SimpleNamespace(model=SimpleNamespace(device=None), held_out=())
 
 
 class Length:
@@ -39,15 +43,16 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 def reporter(run: RunDir, ranks: Ranks, **report: int) -> Reporter:
-    config = SimpleNamespace(prompts=("aa", "nobody", "cccc", "d"), seeds=(0, 2, 4), metrics={})
+    config: Any = SimpleNamespace(prompts=("aa", "nobody", "cccc", "d"), seeds=(0, 2, 4), metrics={})
     made = Reporter(ReportConfig(every=10, **report), config, run, run.path, ranks, nullcontext)
-    made._scorers = {"letters": Length()}
+    scorers: Any = {"letters": Length()}
+    made._scorers = scorers
     return made
 
 
 def test_it_draws_the_first_prompts_and_seeds_and_reports_each_prompts_mean(tmp_path, drawn):
     run = RunDir(tmp_path)
-    reporter(run, Ranks(), prompts=3, seeds=2).look(SimpleNamespace(model=None), 20)
+    reporter(run, Ranks(), prompts=3, seeds=2).look(METHOD, 20)
     assert drawn == [(prompt, seed) for prompt in ("aa", "nobody", "cccc") for seed in (0, 2)]
     ((_, event),) = run.read_events()
     assert (event["event"], event["step"]) == ("report", 20)
@@ -63,7 +68,7 @@ def test_ranks_share_the_panel_and_one_of_them_reports(tmp_path, drawn):
         return gathered
 
     for rank in (2, 1, 0):
-        reporter(run, Ranks(rank, 3, gather), prompts=3, seeds=2).look(SimpleNamespace(model=None), 20)
+        reporter(run, Ranks(rank, 3, gather), prompts=3, seeds=2).look(METHOD, 20)
     assert len(drawn) == len(set(drawn)) == 6
     assert [event["prompts"] for _, event in run.read_events()] == [{"letters": [3.0, None, 5.0]}]
 

@@ -1,16 +1,23 @@
+# pyright: basic
 import errno
 import fcntl
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from orchestrator import worker
+from orchestrator.spec import load_study
 from tests.orchestrator.studies import score
 from trainers.errors import CheckpointError, ConfigError, DataError, ModelError, NonFiniteError
-from trainers.rundir import RunDir, RunError
+from trainers.prompt import Sample
+from trainers.rundir import RunDir, RunError, RunResult, freeze
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,3 +134,46 @@ def test_a_full_disk_still_has_room_for_the_reason(tmp_path: Path):
         assert error_of(run).reason == "disk"
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_scoring_models_are_opened_once_for_a_trials_reports_and_its_end(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import torch
+
+    from evaluation import encoders
+
+    cpu = torch.device("cpu")
+    method = SimpleNamespace(
+        model=SimpleNamespace(device=cpu), held_out=(ROOT / "studies" / "data" / "zog" / "00.png",)
+    )
+    alone = {"process_index": 0, "num_processes": 1, "is_main_process": True, "device": cpu}
+    accelerator = SimpleNamespace(**alone, autocast=nullcontext, end_training=lambda: None)
+    opened: list[Path] = []
+
+    class Counted(encoders.OpenClipEncoder):
+        def __init__(self, folder: Any, *others: Any) -> None:
+            opened.append(folder.path)
+            super().__init__(folder, *others)
+
+    def train(*_: Any, watch: Any) -> SimpleNamespace:
+        watch.look(method, 1)
+        watch.look(method, 2)
+        return SimpleNamespace(method=method, peak_bytes=0)
+
+    def generate(_: Any, requests: Any, __: Any) -> Any:
+        return (Sample(one.prompt, one.seed, Image.new("RGB", (64, 64), (one.seed, 0, 0))) for one in requests)
+
+    monkeypatch.setattr(encoders, "OpenClipEncoder", Counted)
+    monkeypatch.setattr("trainers.train.build_accelerator", lambda _: accelerator)
+    monkeypatch.setattr("trainers.train.train", train)
+    monkeypatch.setattr("trainers.sampling.generate", generate)
+    monkeypatch.setattr("evaluation.evaluate.generate", generate)
+    study, _ = load_study(ROOT / "studies" / "hpo.yaml", ["trial.report={every: 1, prompts: 1, seeds: 2}"])
+    text, sha256 = freeze(study.trial.model_dump(mode="json"))
+    run.path.mkdir()
+    run.trial.write_text(text)
+    worker._work(run, sha256, tmp_path / "cache", None)
+    assert [path.name for path in opened] == ["clip"]
+    assert [event["event"] for _, event in run.read_events()][:2] == ["report", "report"]
+    assert set(RunResult.model_validate_json(run.result.read_text()).scores) == set(study.trial.evaluate.metrics)
