@@ -116,7 +116,7 @@ def fresh_seeds(count: int) -> tuple[int, ...]:
 def _values(records: Sequence[Record], spec: StudySpec) -> dict[tuple[str, int], float]:
     """The objective of every picture by (prompt, seed)."""
     signs = spec.trial.evaluate.higher_is_better
-    return {(record.prompt, record.seed): spec.objective.sample_value(record.values, signs) for record in records}
+    return {(record.prompt, record.seed): spec.objective.sample_values(record.values, signs)[0] for record in records}
 
 
 def _judge(contest: Contest) -> Confirmation:

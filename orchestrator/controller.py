@@ -11,6 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import ValidationError
 
+from orchestrator.base import Base
 from orchestrator.launcher import Job, JobId, JobState
 from orchestrator.panels import NOTES, NOTES_FILE, PROMPT_VALUES, prompt_values
 from orchestrator.reports import Reports
@@ -48,8 +49,10 @@ class Controller:
     _tracker_is_down: bool = field(default=False, init=False)
     _failures_before: frozenset[int] = field(default=frozenset(), init=False)
     _reports: Reports = field(init=False)
+    _base: Base = field(init=False)
 
     def __post_init__(self) -> None:
+        self._base = Base(self.spec, WORKER)
         self._reports = Reports(self.spec, self.study)
 
     def run(self) -> None:
@@ -78,6 +81,9 @@ class Controller:
 
     def step(self) -> bool:
         """Move every running trial forward and start new ones; True when there is nothing left."""
+        if self._base.scores() is None:
+            self._base.advance()
+            return False
         for frozen in self._trials(TrialState.RUNNING):
             if "sha256" in frozen.user_attrs:
                 self._advance(frozen)
@@ -92,6 +98,8 @@ class Controller:
 
     def stop(self) -> None:
         """End all jobs; running trials go on from their checkpoints when the study is run again."""
+        if self._base.scores() is None:
+            self._base.stop()
         for frozen in self._trials(TrialState.RUNNING):
             if job_id := self._live_job(frozen):
                 self.spec.launcher.cancel(job_id)
@@ -195,18 +203,21 @@ class Controller:
         self.study.tell(trial, state=TrialState.PRUNED)
 
     def _score(self, trial: Trial, run: RunDir) -> None:
+        objective = self.spec.objective
         try:
-            result = RunResult.model_validate_json(run.result.read_text(encoding="utf-8"))
-            value = self.spec.objective.value(result.scores)
+            scores = RunResult.model_validate_json(run.result.read_text(encoding="utf-8")).scores
+            values, violations = objective.values(scores), objective.violations(scores, self._base.scores() or {})
         except (ValidationError, KeyError) as error:
             problem = " ".join(str(error).split())
             self._fail(trial, RunError(reason="crash", message=f"{run.result} does not hold the scores: {problem}"))
             return
-        if math.isnan(value):
+        if any(map(math.isnan, (*values, *violations.values()))):
             self._fail(trial, RunError(reason="nan", message="a score of the objective is undefined for every sample"))
             return
         trial.set_user_attr(PROMPT_VALUES, prompt_values(self.spec, run))
-        self.study.tell(trial, value)
+        for bound, violation in violations.items():
+            self._constrain(trial, bound, violation)
+        self.study.tell(trial, values)
 
     def _lose(self, trial: Trial, run: RunDir, job_id: JobId, why: str) -> None:
         """Submit again, unless that was done often enough; a job is lost once, however often we are killed here."""
@@ -229,12 +240,12 @@ class Controller:
         trial.set_user_attr("message", error.message)
         state = TrialState.PRUNED if error.reason in _LEARNABLE else TrialState.FAIL
         if state is TrialState.PRUNED:
-            self._constrain(trial, error.reason)
+            self._constrain(trial, error.reason, 1.0)
         self.study.tell(trial, state=state)
 
-    def _constrain(self, trial: Trial, key: str) -> None:
+    def _constrain(self, trial: Trial, key: str, violation: float) -> None:
         if key not in self._trials()[trial.number].constraints:  # else a killed controller came this far
-            trial.set_constraint(key, 1.0)
+            trial.set_constraint(key, violation)
 
     def _stop_if_hopeless(self) -> None:
         """Failures of earlier runs of the study do not count: their cause may have been mended."""

@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.front import front
 from orchestrator.tracker import StudyView, TrialView
 from trainers.rundir import RunDir, thaw
 
@@ -91,7 +92,7 @@ class Display:
         head = Table.grid(padding=(0, 1))
         bar = ProgressBar(study.num_trials, _num_counted(trials), width=_BAR_WIDTH)
         head.add_row(Text(study.name, style="bold"), bar, Text(_summary(study, trials, self.now())))
-        lines = [Text(f"best: {_best(study, trials)}", style="green")] if _winner(study, trials) else []
+        lines = [Text(f"best: {_best(study, trials)}", style="green")] if front(trials) else []
         lines += [Text(self._job(trial)) for trial in running]
         return Group(head, *lines)
 
@@ -123,7 +124,8 @@ def _change(study: StudyView, trial: TrialView, trials: Sequence[TrialView]) -> 
     if trial.state == "RUNNING":
         return f"{name} started: {_params(trial)}"
     if trial.state == "COMPLETE":
-        return f"{name} complete: {_values(trial)}; best so far: {_best(study, trials)}"
+        broken = f", {trial.reason}" if trial.reason else ""
+        return f"{name} complete: {_values(trial)}{broken}; best so far: {_best(study, trials)}"
     return f"{name} {trial.state.lower()}" + (f": {trial.reason}" if trial.reason else "")
 
 
@@ -159,17 +161,11 @@ def _num_counted(trials: Sequence[TrialView]) -> int:
     return sum(trial.state in _COUNTED for trial in trials)
 
 
-def _winner(study: StudyView, trials: Sequence[TrialView]) -> TrialView | None:
-    scored = [(trial.values[0], trial) for trial in trials if trial.state == "COMPLETE" and trial.values]
-    if not scored or len(study.directions) != 1:
-        return None
-    sign = 1 if study.directions[0] == "maximize" else -1
-    return max(scored, key=lambda pair: sign * pair[0])[1]
-
-
 def _best(study: StudyView, trials: Sequence[TrialView]) -> str:
-    winner = _winner(study, trials)
-    return f"trial {winner.number} with {_values(winner)} ({_params(winner)})" if winner else "none"
+    won = front(trials)
+    if won and len(study.value_names) > 1:
+        return f"front of {len(won)}: trials {', '.join(str(trial.number) for trial in won)}"
+    return f"trial {won[0].number} with {_values(won[0])} ({_params(won[0])})" if won else "none"
 
 
 def _values(trial: TrialView) -> str:

@@ -6,13 +6,13 @@ Only for looking; the tables are Optuna's, and a test compares what is read here
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.database import open_database
 from orchestrator.tracker import TrialView
-from orchestrator.views import reason_text, run_dir
+from orchestrator.views import broken_text, reason_text, run_dir, violations
 from trainers.errors import StorageError
 from trainers.rundir import thaw
 
@@ -25,7 +25,12 @@ _TRIALS = """
 """
 _VALUES = """
     SELECT trial_id, value FROM trial_values JOIN trials USING (trial_id) JOIN studies USING (study_id)
-    WHERE study_name = ? AND objective = 0 AND value_type = 'FINITE'
+    WHERE study_name = ? AND value_type = 'FINITE' ORDER BY trial_id, objective
+"""
+_CONSTRAINTS = """
+    SELECT trial_id, substr(key, 13), value_json FROM trial_system_attributes
+    JOIN trials USING (trial_id) JOIN studies USING (study_id)
+    WHERE study_name = ? AND substr(key, 1, 12) = 'constraints:' ORDER BY trial_system_attribute_id
 """
 _ATTRIBUTES = """
     SELECT trial_id, key, value_json FROM trial_user_attributes
@@ -51,26 +56,40 @@ def read_trials(spec: StudySpec) -> list[TrialView]:
         )
     with database.reading() as query:
         rows = query(_TRIALS, (spec.name,))
-        values: dict[int, float] = dict(query(_VALUES, (spec.name,)))
-        attributes: dict[int, dict[str, Any]] = {}
+        known = {row[0]: _Known() for row in rows}
+        for trial_id, value in query(_VALUES, (spec.name,)):
+            known[trial_id].values.append(value)
         for trial_id, key, text in query(_ATTRIBUTES, (spec.name,)):
-            attributes.setdefault(trial_id, {})[key] = json.loads(text)
-    return [_view(spec, row, values.get(row[0]), attributes.get(row[0], {})) for row in rows]
+            known[trial_id].attributes[key] = json.loads(text)
+        for trial_id, key, text in query(_CONSTRAINTS, (spec.name,)):
+            known[trial_id].constraints[key] = json.loads(text)
+    return [_view(spec, row, known[row[0]]) for row in rows]
 
 
-def _view(spec: StudySpec, row: tuple[Any, ...], value: float | None, notes: Mapping[str, Any]) -> TrialView:
+@dataclass
+class _Known:
+    """What stands in other tables about a trial."""
+
+    values: list[float] = field(default_factory=list[float])
+    attributes: dict[str, Any] = field(default_factory=dict[str, Any])
+    constraints: dict[str, float] = field(default_factory=dict[str, float])
+
+
+def _view(spec: StudySpec, row: tuple[Any, ...], known: _Known) -> TrialView:
     _, number, state, start, end = row
     run = run_dir(spec.root, number)
     frozen = thaw(run.trial) if run.trial.exists() else {}
+    broken = violations(state, known.constraints)
     return TrialView(
         number=number,
         state=state,
         params={path: _at(frozen, path) for path in spec.search if frozen},
-        values=None if value is None else [value],
-        reason=reason_text(notes.get("reason"), notes.get("message")),
+        values=known.values or None,
+        reason=reason_text(known.attributes.get("reason"), known.attributes.get("message")) or broken_text(broken),
         run=run,
         start=_time(start),
         end=_time(end),
+        violations=broken,
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from orchestrator.database import open_database
+from orchestrator.front import front
 from orchestrator.tracker import StudyView, TrialView
 from trainers.errors import StorageError, TrackerError
 from trainers.rundir import RunDir, RunResult, thaw
@@ -93,6 +94,7 @@ class Mirror:
         self._parent = self._find_parent(trials)
         runs = self._search(f"tags.`mlflow.parentRunId` = '{self._parent.run_id}'")
         self._children = {int(run.data.tags["trial"]): _child(run) for run in runs}
+        self._num_ended = -1
 
     def update(self, trials: Sequence[TrialView]) -> None:
         """Send what the store lacks; asks nothing of the store if it lacks nothing."""
@@ -102,6 +104,9 @@ class Mirror:
                 child = self._children[trial.number] = self._create(trial)
             if not child.ended:
                 self._update_trial(child, trial)
+        if self._num_ended != (num_ended := sum(child.ended for child in self._children.values())):
+            self._num_ended = num_ended
+            self._send(self._parent, tags={"front": ", ".join(str(trial.number) for trial in front(trials))})
         ended = all(trial.state in _STATUS for trial in trials)
         if ended != self._parent.ended:
             self._client.update_run(self._parent.run_id, status="FINISHED" if ended else "RUNNING")
@@ -147,8 +152,9 @@ class Mirror:
             metrics += [_metric(name, value, written) for name, value in scores(result).items()]
             tags |= {f"version.{package}": version for package, version in result.versions.items()}
             self._send_files(child, trial.run, written)
-        for name, value in objectives(trial.values).items():
-            metrics.append(_metric(name, value, _milliseconds(trial.end or trial.start)))
+        told = objectives(self._study.value_names, trial.values)
+        told |= {f"violation/{_key(bound)}": amount for bound, amount in trial.violations.items()}
+        metrics += [_metric(name, value, _milliseconds(trial.end or trial.start)) for name, value in told.items()]
         self._send(child, metrics=metrics, tags=tags)
 
     def _send_files(self, child: _Child, run: RunDir, written: int) -> None:
@@ -246,13 +252,13 @@ def scores(result: RunResult) -> dict[str, float]:
     return {**named, "peak_bytes": float(result.peak_bytes)}
 
 
-def objectives(values: Sequence[float] | None) -> dict[str, float]:
-    """`objective`, or `objective_0`, `objective_1` … if there are several."""
+def objectives(names: Sequence[str], values: Sequence[float] | None) -> dict[str, float]:
+    """`objective`, or `objective/<name>` of each if there are several."""
     if values is None:
         return {}
-    if len(values) == 1:
+    if len(names) == 1:
         return {"objective": values[0]}
-    return {f"objective_{place}": value for place, value in enumerate(values)}
+    return {f"objective/{_key(name)}": value for name, value in zip(names, values, strict=True)}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""A trial's objective, prompt by prompt: what its noise, and comparisons with other trials, are computed from."""
+"""A trial's objective, prompt by prompt: what its noise, and comparisons with other trials, are computed from.
+
+Of several values, this is the first.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,6 @@ def prompt_values(spec: StudySpec, run: RunDir) -> list[float | None]:
     signs = spec.trial.evaluate.higher_is_better
     values: dict[str, list[float]] = {}
     for record in read_records(run.records):
-        value = spec.objective.sample_value(record.values, signs)
+        value = spec.objective.sample_values(record.values, signs)[0]
         values.setdefault(record.prompt, []).extend([] if math.isnan(value) else [value])
     return [math.fsum(found) / len(found) if found else None for found in values.values()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from orchestrator.spec import StudySpec
     from trainers.rundir import RunDir
 
-_PANELS = "panels"
-"""User attribute: step to the objective of each prompt."""
+_REPORTS = "reports"
+"""User attribute: step to the objective's values, and to those of each prompt. Optuna keeps one value only."""
 
 
 class Reports:
@@ -40,41 +40,59 @@ class Reports:
                 self._undecided.add(trial.number)
 
     def prune(self, number: int) -> bool:
-        """Whether the trial is to be ended; asked once for each report."""
+        """Whether the trial is to be ended; asked once for each report.
+
+        Of several values, the pruner must condemn the trial by each on its own: whoever may still be the best in one
+        may still be on the front. Trials that break a bound are nobody's yardstick.
+        """
         if not self._spec.pruner.needs_reports or number not in self._undecided:
             return False
         self._undecided.discard(number)
-        curves = [_curve(trial) for trial in self._study.get_trials(deepcopy=False)]
+        trials = self._study.get_trials(deepcopy=False)
+        return all(self._condemns(trials, number, place) for place in range(len(self._spec.objective.names)))
+
+    def _condemns(self, trials: Sequence[FrozenTrial], number: int, place: int) -> bool:
+        curves = [_curve(trial, place) for trial in trials]
         own = curves[number]
         return own.last >= 0 and self._spec.pruner.prunes(own, [curve for curve in curves if curve is not own])
 
     def verdict(self, number: int) -> str:
         """Where a pruned trial stood, for people."""
-        own = _curve(self._study.get_trials(deepcopy=False)[number])
-        kind = self._spec.pruner.model_dump()["kind"]
-        return f"{kind} ended it after step {own.last}, at {own.reports[own.last]:.4g}"
+        step, report = max((int(step), known) for step, known in _reports(self._study, number).items())
+        values = ", ".join(f"{value:.4g}" for value in report["values"])
+        return f"{self._spec.pruner.model_dump()['kind']} ended it after step {step}, at {values}"
 
     def _tell(self, trial: Trial, event: Mapping[str, Any]) -> None:
-        known = self._study.get_trials(deepcopy=False)[trial.number]
-        if event["step"] in known.intermediate_values:  # a job that was lost repeats what it said
+        known, step = _reports(self._study, trial.number), event["step"]
+        if str(step) in known:  # a job that was lost repeats what it said
             return
         objective, signs = self._spec.objective, self._spec.trial.evaluate.higher_is_better
         columns = {name: [_number(value) for value in column] for name, column in event["prompts"].items()}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        panel = [objective.sample_value(row, signs) for row in rows]
-        panels = known.user_attrs.get(_PANELS, {})
-        trial.set_user_attr(_PANELS, panels | {str(event["step"]): panel})
         means = {name: _number(value) for name, value in event["scores"].items()}
-        trial.report(objective.sample_value(means, signs), event["step"])
+        values = objective.sample_values(means, signs)
+        report = {"values": values, "prompts": [objective.sample_values(row, signs) for row in rows]}
+        if len(values) == 1 and step not in self._frozen(trial).intermediate_values:
+            trial.report(values[0], step)  # of several values Optuna takes no report
+        trial.set_user_attr(_REPORTS, known | {str(step): report})
+
+    def _frozen(self, trial: Trial) -> FrozenTrial:
+        return self._study.get_trials(deepcopy=False)[trial.number]
 
 
-def _curve(trial: FrozenTrial) -> Curve:
-    panels = trial.user_attrs.get(_PANELS, {})
+def _reports(study: optuna.Study, number: int) -> dict[str, Any]:
+    return study.get_trials(deepcopy=False)[number].user_attrs.get(_REPORTS, {})
+
+
+def _curve(trial: FrozenTrial, place: int) -> Curve:
+    """A trial along the value at `place`."""
+    reports = {int(step): report for step, report in trial.user_attrs.get(_REPORTS, {}).items()}
+    is_yardstick = trial.state is TrialState.COMPLETE and all(amount <= 0 for amount in trial.constraints.values())
     return Curve(
         trial.number,
-        trial.intermediate_values,
-        {int(step): panel for step, panel in panels.items()},
-        trial.value if trial.state is TrialState.COMPLETE else None,
+        {step: report["values"][place] for step, report in reports.items()},
+        {step: [values[place] for values in report["prompts"]] for step, report in reports.items()},
+        trial.values[place] if is_yardstick else None,
     )
 
 

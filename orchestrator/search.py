@@ -220,6 +220,8 @@ class Sampler(Choice):
     """Trials of studies with equal seeds are equal as long as their scores are."""
     ends_by: ClassVar[tuple[str, ...]] = ()
     """Options that only say when the search ends; they may change in a study that has begun."""
+    needs_one_value: ClassVar[bool] = False
+    """Whether it cannot follow several values, nor avoid what breaks a bound."""
 
     @abstractmethod
     def draw(self, space: Mapping[str, Parameter], study: optuna.Study, trial: FrozenTrial) -> dict[str, Value]:

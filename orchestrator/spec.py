@@ -191,10 +191,24 @@ class StudySpec(Config):
     @model_validator(mode="after")
     def _objective_is_measured(self) -> Self:
         known = self.trial.evaluate.metrics
-        for name in self.objective.weights_by_score():
+        for name in self.objective.scores_needed():
             if name not in known:
                 message = f"got score {name!r}; expected one of trial.evaluate.metrics; {did_you_mean(name, known)}"
                 _reject(("objective",), name, message)
+        return self
+
+    @model_validator(mode="after")
+    def _one_value_has_a_winner(self) -> Self:
+        objective = self.objective
+        if self.sampler.needs_one_value and (len(objective.names) > 1 or objective.bounds()):
+            message = "got an objective of several values or with bounds; expected one value and no bounds"
+            _reject(("objective",), objective.model_dump(), message)
+        if self.confirm_seeds and len(objective.names) > 1:
+            message = (
+                f"got {self.confirm_seeds} with an objective of several values; expected 0, because they have a front "
+                "and no winner to compare"
+            )
+            _reject(("confirm_seeds",), self.confirm_seeds, message)
         return self
 
     @model_validator(mode="after")

@@ -191,7 +191,7 @@ def _study(spec: StudySpec, storage: optuna.storages.RDBStorage) -> optuna.Study
     return optuna.create_study(
         storage=storage,
         study_name=spec.name,
-        direction="maximize",
+        directions=[optuna.study.StudyDirection.MAXIMIZE] * len(spec.objective.names),
         sampler=_sampler(spec),
         pruner=optuna.pruners.NopPruner(),  # ours judges what jobs report: orchestrator/pruners.py
         load_if_exists=True,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.table import Table
 
-from trainers.errors import StorageError
+from orchestrator.front import front
+from trainers.errors import ConfigError, StorageError
 from trainers.rundir import RunDir, RunResult, write_atomically
 
 if TYPE_CHECKING:
@@ -30,20 +31,27 @@ def read_result(run: RunDir) -> RunResult | None:
         return None
 
 
-def status_table(spec: StudySpec, trials: Sequence[TrialView]) -> Table:
-    """A row for every trial: state, parameters, scores with standard errors, duration and what went wrong."""
+def status_table(spec: StudySpec, trials: Sequence[TrialView], title: str | None = None) -> Table:
+    """A row for every trial: state, parameters, values, scores with standard errors, duration and what went wrong.
+
+    Args:
+        spec: The study.
+        trials: What to list.
+        title: null says how many trials of the study are done.
+    """
     scores = list(spec.trial.evaluate.metrics)
     counted = sum(trial.state in {"COMPLETE", "PRUNED"} for trial in trials)
-    table = Table(title=f"{spec.name}: {counted} of {spec.num_trials} trials", title_justify="left")
+    title = title or f"{spec.name}: {counted} of {spec.num_trials} trials"
+    table = Table(title=title, title_justify="left")
     table.add_column("trial", justify="right")
     table.add_column("state", no_wrap=True)
-    for name in (*short_names(list(spec.search)), "value", *scores, "duration"):
+    for name in (*short_names(list(spec.search)), *spec.objective.names, *scores, "duration"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("reason")
     for trial in trials:
         result = read_result(trial.run)
         cells = [_cell(trial.params.get(path)) if path in trial.params else "" for path in spec.search]
-        cells.append(f"{trial.values[0]:.4g}" if trial.values else "")
+        cells += [f"{value:.4g}" for value in trial.values] if trial.values else [""] * len(spec.objective.names)
         cells += [_score(result, name) for name in scores]
         cells.append(_duration(trial))
         table.add_row(str(trial.number), trial.state.lower(), *cells, _reason(trial), style=_STYLES.get(trial.state))
@@ -51,24 +59,61 @@ def status_table(spec: StudySpec, trials: Sequence[TrialView]) -> Table:
 
 
 def best_trial(spec: StudySpec, trials: Sequence[TrialView]) -> tuple[TrialView, float]:
-    """The scored trial with the largest value, and that value.
+    """The scored trial with the largest value among those that keep every bound, and that value.
 
     Raises:
-        StorageError: No trial has been scored yet.
+        StorageError: No trial has been scored yet, or each breaks a bound.
+        ConfigError: The objective has several values: no trial is the best.
     """
-    scored = [(trial, trial.values[0]) for trial in trials if trial.state == "COMPLETE" and trial.values]
+    if len(spec.objective.names) > 1:
+        raise ConfigError(
+            f"{spec.root}: got several values ({', '.join(spec.objective.names)}), which have a front and no winner; "
+            "expected an objective of one value; see `best`"
+        )
+    winner = won(spec, trials)[0]
+    assert winner.values is not None
+    return winner, winner.values[0]
+
+
+def won(spec: StudySpec, trials: Sequence[TrialView]) -> list[TrialView]:
+    """The trials that no other one beats: one, or the front of several values, by the first of them.
+
+    Raises:
+        StorageError: No trial has been scored yet, or each breaks a bound.
+    """
+    if winners := front(trials):
+        return winners
+    scored = [trial for trial in trials if trial.state == "COMPLETE"]
     if not scored:
         raise StorageError(f"{spec.root}: got no scored trial; expected at least one; see `status`")
-    return max(scored, key=lambda pair: (pair[1], -pair[0].number))
+    nearest = min(scored, key=lambda trial: sum(trial.violations.values()))
+    raise StorageError(
+        f"{spec.root}: got {len(scored)} scored trials that each break a bound, the nearest trial {nearest.number}, "
+        f"which {nearest.reason}; expected one that keeps all; run more trials, or loosen objective.subject_to in a "
+        "new study"
+    )
 
 
-def write_best(spec: StudySpec, winner: TrialView, value: float) -> tuple[Path, Mapping[str, Any]]:
-    """Write `best_params.yaml` into the study's folder; return its path and content."""
+def write_best(spec: StudySpec, winners: Sequence[TrialView]) -> tuple[Path, Mapping[str, Any]]:
+    """Write `best_params.yaml` into the study's folder; return its path and content.
+
+    Of one value, it describes the winner; of several, `front` is a list of such descriptions.
+    """
+    described = [_described(spec, winner) for winner in winners]
+    content = described[0] if len(spec.objective.names) == 1 else {"front": described}
+    path = spec.root / "best_params.yaml"
+    plain = json.loads(json.dumps(content))
+    write_atomically(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    return path, plain
+
+
+def _described(spec: StudySpec, winner: TrialView) -> dict[str, Any]:
     result = read_result(winner.run)
     scores = result.scores if result else {}
-    content = {
+    values = dict(zip(spec.objective.names, winner.values or (), strict=True))
+    return {
         "trial": winner.number,
-        "value": value,
+        **(values if len(values) == 1 else {"values": values}),
         "params": winner.params,
         "scores": {
             name: {"mean": score.mean, "standard_error": score.standard_error} for name, score in scores.items()
@@ -77,10 +122,6 @@ def write_best(spec: StudySpec, winner: TrialView, value: float) -> tuple[Path, 
         "frozen_trial": str(winner.run.trial),
         "use": f"pipeline.load_lora_weights({str(winner.run.adapter)!r})",
     }
-    path = spec.root / "best_params.yaml"
-    plain = json.loads(json.dumps(content))
-    write_atomically(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-    return path, plain
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ class StudyView:
     """What made it: git commit, config hash, library versions."""
     num_trials: int
     """Counted trials at which the study is complete."""
-    directions: tuple[str, ...]
-    """`minimize` or `maximize`, one for each objective value."""
+    value_names: tuple[str, ...] = ("value",)
+    """Names of the objective's values; larger is better in each."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,12 @@ class TrialView:
     values: list[float] | None
     """Objective values, once known."""
     reason: str | None
-    """Why it was pruned or failed."""
+    """Why it was pruned, failed, or cannot win."""
     run: RunDir
     start: datetime | None
     end: datetime | None
+    violations: dict[str, float] = field(default_factory=dict[str, float])
+    """Bounds of the objective that a scored trial breaks, and by how much."""
 
 
 class Tracker(Choice):

@@ -11,6 +11,7 @@ from orchestrator.tracker import StudyView, TrialView
 from trainers.rundir import RunDir
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import optuna
@@ -37,7 +38,7 @@ def study_view(spec: StudySpec, study: optuna.Study) -> StudyView:
         study_yaml=text,
         tags={**tags, "config_sha256": hashlib.sha256(text.encode()).hexdigest()},
         num_trials=spec.num_trials,
-        directions=("maximize",),
+        value_names=spec.objective.names,
     )
 
 
@@ -51,14 +52,27 @@ def reason_text(reason: str | None, message: str | None) -> str | None:
     return f"{reason}: {message}" if reason and message else reason
 
 
+def violations(state: str, constraints: Mapping[str, float]) -> dict[str, float]:
+    """Bounds that a scored trial breaks, of Optuna's constraints; other trials have none: their reason says it all."""
+    return {name: amount for name, amount in constraints.items() if state == "COMPLETE" and amount > 0}
+
+
+def broken_text(broken: Mapping[str, float]) -> str | None:
+    """Which bounds a scored trial breaks, for people."""
+    return "breaks " + ", ".join(f"{name} by {amount:.3g}" for name, amount in broken.items()) if broken else None
+
+
 def _trial_view(spec: StudySpec, trial: FrozenTrial) -> TrialView:
+    broken = violations(trial.state.name, trial.constraints)
+    reason = reason_text(trial.user_attrs.get("reason"), trial.user_attrs.get("message"))
     return TrialView(
         number=trial.number,
         state=trial.state.name,
         params=trial.params,
         values=trial.values,
-        reason=reason_text(trial.user_attrs.get("reason"), trial.user_attrs.get("message")),
+        reason=reason or broken_text(broken),
         run=run_dir(spec.root, trial.number),
         start=trial.datetime_start.astimezone() if trial.datetime_start else None,
         end=trial.datetime_complete.astimezone() if trial.datetime_complete else None,
+        violations=broken,
     )

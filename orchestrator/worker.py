@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sha256", required=True, help="hash that trial.yaml must have")
     parser.add_argument("--cache", required=True, type=Path, help="folder of frozen work that studies share")
     parser.add_argument("--trained", type=Path, help="folder of trainings that trials share; else each trains")
+    parser.add_argument("--untrained", action="store_true", help="train nothing: score the model as it is")
     options = parser.parse_args(argv)
     _die_with_parent()
     run, rank = RunDir(options.run_dir), int(os.environ.get("RANK", "0"))
@@ -103,7 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _reserve(run, rank).write_bytes(b"\0" * _RESERVE_BYTES)
     _start_log(run, rank)
     try:
-        _work(run, options.sha256, options.cache, options.trained)
+        if options.untrained:
+            _measure(run, options.sha256, options.cache)
+        else:
+            _work(run, options.sha256, options.cache, options.trained)
     except Exception as error:  # noqa: BLE001  the edge of the process: whatever happened is written down
         _record(run, rank, error)
         return 1
@@ -115,11 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _work(run: RunDir, sha256: str, cache: Path, trained: Path | None) -> None:
     """Train, sample, score and write the result."""
     spec = TrialSpec.model_validate(thaw(run.trial, sha256))
-    from trainers.loop import peak_bytes
     from trainers.train import build_accelerator, train
 
     accelerator = build_accelerator(spec.train)
-    seconds = {"start": time.time() - psutil.Process(os.getppid()).create_time()}
+    seconds = _start_seconds()
     watch = None
     if trained or spec.adapter:
         subject = _finished(spec, run, cache, trained, accelerator)
@@ -129,6 +132,31 @@ def _work(run: RunDir, sha256: str, cache: Path, trained: Path | None) -> None:
         subject = Subject(method.model, method.held_out)
     scorers = _scorers(spec, cache, subject, watch)
     scores = _evaluate(spec.evaluate, run, scorers, subject, accelerator)
+    _finish(run, scores, seconds, accelerator)
+
+
+def _measure(run: RunDir, sha256: str, cache: Path) -> None:
+    """Sample and score the untrained model and write the result."""
+    spec = TrialSpec.model_validate(thaw(run.trial, sha256))
+    from trainers.train import build_accelerator
+
+    accelerator = build_accelerator(spec.train)
+    seconds = _start_seconds()
+    model = spec.train.load_trained(None, accelerator)
+    held_out = spec.train.data.split().held_out if spec.evaluate.needs_references else ()
+    subject = Subject(model, held_out)
+    scores = _evaluate(spec.evaluate, run, _scorers(spec, cache, subject, None), subject, accelerator)
+    _finish(run, scores, seconds, accelerator)
+
+
+def _start_seconds() -> dict[str, float]:
+    return {"start": time.time() - psutil.Process(os.getppid()).create_time()}
+
+
+def _finish(run: RunDir, scores: dict[str, Score], seconds: dict[str, float], accelerator: Accelerator) -> None:
+    """Write the result, on the first rank."""
+    from trainers.loop import peak_bytes
+
     if accelerator.is_main_process:
         result = RunResult(
             scores=scores,

@@ -28,12 +28,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def show(spec: StudySpec) -> None:
-    """Print the winner and write `best_params.yaml`."""
+    """Print the winner, or the front of several values, and write `best_params.yaml`."""
     from orchestrator.ledger import read_trials
-    from orchestrator.tables import best_trial, write_best
+    from orchestrator.tables import best_trial, status_table, won, write_best
 
-    winner, value = best_trial(spec, read_trials(spec))
-    path, content = write_best(spec, winner, value)
+    trials = read_trials(spec)
+    winners = won(spec, trials)
+    if len(spec.objective.names) > 1:
+        path, _ = write_best(spec, winners)
+        out.print(status_table(spec, winners, f"{spec.name}: no trial is better than one of these in every value"))
+        out.print(f"written: {path}", soft_wrap=True, markup=False)
+        return
+    winner, value = best_trial(spec, trials)
+    path, content = write_best(spec, [winner])
     out.print(f"trial {winner.number} is best: value {value:.6g}", style="bold")
     for name, chosen in content["params"].items():
         out.print(f"  {name}: {chosen:.4g}" if isinstance(chosen, float) else f"  {name}: {chosen}")

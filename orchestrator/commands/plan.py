@@ -49,12 +49,18 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _maximised(spec: StudySpec) -> str:
+    sums = [" + ".join(f"{weight:g} x {name}" for name, weight in p.items()) for p in spec.objective.parts().values()]
+    bounds = {name: bound.model_dump(exclude_none=True) for name, bound in spec.objective.bounds().items()}
+    kept = [f"{name} {kind} {limit:g}" for name, bound in bounds.items() for kind, limit in bound.items()]
+    return " and ".join(sums) + (f", subject to {', '.join(kept)}" if kept else "")
+
+
 def _print_estimate(spec: StudySpec, needed: Estimate) -> None:
     from orchestrator.plan import human
 
     say, trial = partial(out.print, soft_wrap=True), spec.trial
     pictures = len(trial.evaluate.prompts) * len(trial.evaluate.seeds)
-    weights = " + ".join(f"{weight:g} x {name}" for name, weight in spec.objective.weights_by_score().items())
     say(f"to compute: {needed.trials_left} of {spec.num_trials} trials, {spec.limits.parallel} at a time;", end=" ")
     training = f"trains {trial.train.steps} steps of {trial.train.batch_size} examples"
     if trial.adapter:
@@ -63,7 +69,7 @@ def _print_estimate(spec: StudySpec, needed: Estimate) -> None:
         say(f"the first {training}, unless that was done before; all take that adapter, and each", end=" ")
     else:
         say(f"each {training},", end=" ")
-    say(f"draws {pictures} pictures in {trial.evaluate.steps} steps and maximises {weights}")
+    say(f"draws {pictures} pictures in {trial.evaluate.steps} steps and maximises {_maximised(spec)}")
     if needed.seconds_per_trial is None:
         say("time: unknown until the first trial has finished; `plan` measures it from then on")
     else:

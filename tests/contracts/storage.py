@@ -64,10 +64,16 @@ class StorageContract:
         study = open_study(spec)
         study.tell(study.ask(), -0.5)
         Controller(spec, study)._fail(study.ask(), RunError(reason="oom", message="20 GiB"))
+        bounded = study.ask()
+        bounded.set_constraint("clip_t.at_least", 0.125)
+        bounded.set_constraint("clip_t.at_most", -0.5)
+        study.tell(bounded, 0.75)
         study.ask()
         stored, shown = trial_views(spec, study), read_trials(spec)
         close(study)
         assert has_study(spec)
+        assert [view.violations for view in shown] == [{}, {}, {"clip_t.at_least": 0.125}, {}]
+        assert shown[2].reason == "breaks clip_t.at_least by 0.125"
         assert [replace(view, params={}) for view in shown] == [replace(view, params={}) for view in stored]
 
     def test_studies_of_one_database_do_not_see_one_another(self, spec: StudySpec):

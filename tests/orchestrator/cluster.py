@@ -125,7 +125,7 @@ def drive(spec: StudySpec) -> tuple[optuna.Study, int]:
         study = optuna.create_study(
             storage=storage,
             study_name=spec.name,
-            direction="maximize",
+            directions=[optuna.study.StudyDirection.MAXIMIZE] * len(spec.objective.names),
             load_if_exists=True,
             sampler=DrawingSampler(spec.sampler, spec.search, spec.defaults()),
         )

@@ -31,8 +31,8 @@ def test_the_mean_of_the_pictures_values_is_the_objectives_value() -> None:
         )
         for name in up
     }
-    values = [objective.sample_value(picture, up) for picture in pictures]
-    assert sum(values) / 2 == pytest.approx(objective.value(means))
+    values = [objective.sample_values(picture, up)[0] for picture in pictures]
+    assert sum(values) / 2 == pytest.approx(objective.values(means)[0])
 
 
 def test_pictures_are_paired_by_prompt_and_seed() -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
@@ -101,15 +102,24 @@ def test_a_job_that_has_not_begun_to_train_shows_its_stage(study: FakeStudy) -> 
     assert "trial 0 (lr=0.1): load" in written(screen)
 
 
-def test_the_best_of_a_study_that_minimises_is_the_smallest(study: FakeStudy) -> None:
-    from dataclasses import replace
-
+def test_what_breaks_a_bound_is_not_the_best(study: FakeStudy) -> None:
     study.complete(study.start(), 0.5)
     study.complete(study.start(), 0.25)
+    study.trials[0] = replace(study.trials[0], violations={"clip_t.at_least": 0.1}, reason="breaks clip_t.at_least")
     screen = console(terminal=True)
     with Display(screen) as display:
-        display.update(replace(study.view, directions=("minimize",)), study.trials)
+        display.update(study.view, study.trials)
     assert "best: trial 1" in written(screen)
+
+
+def test_of_several_values_the_front_is_shown(study: FakeStudy) -> None:
+    for values in ([0.5, 0.1], [0.4, 0.0], [0.1, 0.5]):
+        study.complete(study.start())
+        study.trials[-1] = replace(study.trials[-1], values=values)
+    screen = console(terminal=True)
+    with Display(screen) as display:
+        display.update(replace(study.view, value_names=("fidelity", "text")), study.trials)
+    assert "best: front of 2: trials 0, 2" in written(screen)
 
 
 def test_the_time_left_counts_trials_that_run_side_by_side(study: FakeStudy) -> None:

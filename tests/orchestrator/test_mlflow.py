@@ -187,10 +187,24 @@ def test_scores_are_named_after_the_model_that_made_them() -> None:
     }
 
 
-def test_several_objectives_are_numbered() -> None:
-    assert objectives([1.0, 2.0]) == {"objective_0": 1.0, "objective_1": 2.0}
-    assert objectives([1.0]) == {"objective": 1.0}
-    assert objectives(None) == {}
+def test_several_values_have_their_names() -> None:
+    assert objectives(("fidelity", "text"), [1.0, 2.0]) == {"objective/fidelity": 1.0, "objective/text": 2.0}
+    assert objectives(("value",), [1.0]) == {"objective": 1.0}
+    assert objectives(("value",), None) == {}
+
+
+def test_the_front_and_broken_bounds_stand_with_the_study(study: FakeStudy) -> None:
+    view = replace(study.view, value_names=("fidelity", "text"))
+    for values in ([0.5, 0.1], [0.4, 0.0], [0.1, 0.5], [0.9, 0.9]):
+        study.complete(study.start())
+        study.trials[-1] = replace(study.trials[-1], values=values)
+    study.trials[3] = replace(study.trials[3], violations={"clip_t.at_least": 0.25})
+    MlflowTracker().mirror(view, study.trials)
+    (parent,) = [run for run in runs(study) if "trial" not in run.data.tags]
+    assert parent.data.tags["front"] == "0, 2"
+    best = child(study, 3)
+    assert best.data.metrics["violation/clip_t.at_least"] == 0.25
+    assert best.data.metrics["objective/text"] == 0.9
 
 
 def test_a_config_is_flattened_to_dotted_paths() -> None:

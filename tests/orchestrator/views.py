@@ -31,7 +31,6 @@ class FakeStudy:
             study_yaml=f"name: {self.name}\n",
             tags={"version.commit": "c0ffee+changes", "version.torch": "2.15.0", "config_sha256": "c0de"},
             num_trials=self.num_trials,
-            directions=("maximize",),
         )
 
     def start(self, **config: Any) -> RunDir:

@@ -1,0 +1,82 @@
+"""The untrained model, scored once in a study on the trial's own panel: what `below_base` bounds speak of."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from orchestrator.launcher import Job, JobId, JobState
+from trainers.errors import LaunchError
+from trainers.rundir import RunDir, RunError, RunResult, Score, freeze, write_atomically
+
+if TYPE_CHECKING:
+    from orchestrator.spec import StudySpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Base:
+    """A job like any other, in `<root>/base`. What is remembered here only saves work: a new one finds the job."""
+
+    spec: StudySpec
+    module: str
+    """What the job runs."""
+    _job_id: JobId | None = field(default=None, init=False)
+    _submitted: float = field(default=0.0, init=False)
+    _num_lost: int = field(default=0, init=False)
+
+    @property
+    def run(self) -> RunDir:
+        """Where the job writes."""
+        return RunDir(self.spec.root / "base")
+
+    def scores(self) -> dict[str, Score] | None:
+        """What was measured; None if it was not yet, and nothing if no bound asks for it."""
+        if not self.spec.objective.needs_base:
+            return {}
+        if not self.run.result.exists():
+            return None
+        return RunResult.model_validate_json(self.run.result.read_text(encoding="utf-8")).scores
+
+    def advance(self) -> None:
+        """Start the job, or look after it. Raises LaunchError if it failed, or was lost too often."""
+        launcher = self.spec.launcher
+        if self._job_id is None:
+            self._job_id = launcher.find(self._job()) or self._submit()
+            self._submitted = time.time()
+            log.info("the untrained model is scored first, because a bound of the objective speaks of it")
+        state = launcher.poll(self._job_id)
+        is_late = time.time() - self._submitted > launcher.timeout_minutes * 60
+        if self.run.result.exists():
+            return
+        if self.run.error.exists():
+            self.stop()
+            error = RunError.model_validate_json(self.run.error.read_text(encoding="utf-8"))
+            raise LaunchError(f"{self.run.path}: got {error.reason}: {error.message}; expected the base's scores")
+        if state is JobState.ENDED or is_late:
+            self.stop()
+            self._num_lost += 1
+            if self._num_lost > self.spec.limits.max_retries:
+                raise LaunchError(f"{self.run.path}: got no scores of the base; expected some; see {self.run.log}")
+
+    def stop(self) -> None:
+        """End the job, if there is one; it begins anew when the study is run again."""
+        job_id = self._job_id or (self.spec.launcher.find(self._job()) if self.run.trial.exists() else None)
+        self._job_id = None
+        if job_id:
+            self.spec.launcher.cancel(job_id)
+
+    def _submit(self) -> JobId:
+        self.run.error.unlink(missing_ok=True)  # its cause may have been mended
+        write_atomically(self.run.trial, self._frozen()[0])
+        return self.spec.launcher.submit(self._job())
+
+    def _job(self) -> Job:
+        arguments = ("--sha256", self._frozen()[1], "--cache", str(self.spec.cache), "--untrained")
+        return Job(self.module, (str(self.run.path), *arguments), self.run.path)
+
+    def _frozen(self) -> tuple[str, str]:
+        return freeze(self.spec.trial.model_dump(mode="json"))
