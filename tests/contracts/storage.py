@@ -1,5 +1,8 @@
 """What every database of studies must do."""
 
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalMemberAccess=false
+
 import os
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """A cluster in memory that kills controllers and loses jobs, and a way to run a study on it to its end."""
 
+# pyright: basic
+
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence

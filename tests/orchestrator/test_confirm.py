@@ -1,3 +1,4 @@
+# pyright: basic
 from pathlib import Path
 
 import pytest

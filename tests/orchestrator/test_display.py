@@ -1,3 +1,4 @@
+# pyright: basic
 from dataclasses import replace
 from datetime import timedelta
 from io import StringIO

@@ -1,3 +1,4 @@
+# pyright: basic
 import random
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna import create_study
+from optuna.study import StudyDirection
 from optuna.trial import create_trial
 
 from orchestrator.front import front
@@ -83,7 +85,7 @@ def view(number: int, values: list[float]) -> TrialView:
 
 @given(st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=1, max_size=30))
 def test_the_front_is_optunas(points: list[tuple[int, int, int]]):
-    study = create_study(directions=["maximize"] * 3)
+    study = create_study(directions=[StudyDirection.MAXIMIZE] * 3)
     study.add_trials([create_trial(values=[float(v) for v in point]) for point in points])
     ours = front([view(number, [float(v) for v in point]) for number, point in enumerate(points)])
     assert {trial.number for trial in ours} == {trial.number for trial in study.best_trials}

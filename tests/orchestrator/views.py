@@ -1,5 +1,7 @@
 """A study's files as a controller and its jobs leave them, without running either."""
 
+# pyright: basic
+
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
