@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import ValidationError
 
 from orchestrator.base import Base
+from orchestrator.failures import note_failure
 from orchestrator.launcher import Job, JobId, JobState
 from orchestrator.panels import NOTES, NOTES_FILE, PROMPT_VALUES, prompt_values
 from orchestrator.reports import Reports
@@ -76,7 +77,7 @@ class Controller:
             self._observe(view)
             raise
         except (optuna.exceptions.StorageInternalError, OSError) as error:
-            problem = str(error).partition("\n")[0]
+            problem = str(error.__cause__ or error).partition("\n")[0]
             raise StorageError(f"{self.spec.root}: got {problem}; expected to read and write the study") from error
 
     def step(self) -> bool:
@@ -198,9 +199,7 @@ class Controller:
 
     def _prune(self, trial: Trial, job_id: JobId) -> None:
         self.spec.launcher.cancel(job_id)
-        trial.set_user_attr("reason", "pruned")
-        trial.set_user_attr("message", self._reports.verdict(trial.number))
-        self.study.tell(trial, state=TrialState.PRUNED)
+        self._end(trial, TrialState.PRUNED, "pruned", self._reports.verdict(trial.number))
 
     def _score(self, trial: Trial, run: RunDir) -> None:
         objective = self.spec.objective
@@ -231,16 +230,20 @@ class Controller:
             log.warning("trial %d: %s; submitted again (%d lost so far)", trial.number, why, len(lost))
             self._submit(trial, run)
         else:
-            trial.set_user_attr("reason", "lost")
-            trial.set_user_attr("message", f"{why}, {len(lost)} times")
-            self.study.tell(trial, state=TrialState.FAIL)
+            note_failure(run, "lost", f"{why}, {len(lost)} times", len(lost))
+            self._end(trial, TrialState.FAIL, "lost", f"{why}, {len(lost)} times")
 
     def _fail(self, trial: Trial, error: RunError) -> None:
-        trial.set_user_attr("reason", error.reason)
-        trial.set_user_attr("message", error.message)
         state = TrialState.PRUNED if error.reason in _LEARNABLE else TrialState.FAIL
         if state is TrialState.PRUNED:
             self._constrain(trial, error.reason, 1.0)
+        lost = len(trial.user_attrs.get("lost", []))
+        note_failure(run_dir(self.spec.root, trial.number), error.reason, error.message, lost, error.peak_bytes)
+        self._end(trial, state, error.reason, error.message)
+
+    def _end(self, trial: Trial, state: TrialState, reason: str, message: str) -> None:
+        trial.set_user_attr("reason", reason)
+        trial.set_user_attr("message", message)
         self.study.tell(trial, state=state)
 
     def _constrain(self, trial: Trial, key: str, violation: float) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from orchestrator.database import open_database
+from orchestrator.failures import failure_file, read_failure
 from orchestrator.front import front
 from orchestrator.tracker import StudyView, TrialView
 from trainers.errors import StorageError, TrackerError
@@ -152,6 +153,11 @@ class Mirror:
             metrics += [_metric(name, value, written) for name, value in scores(result).items()]
             tags |= {f"version.{package}": version for package, version in result.versions.items()}
             self._send_files(child, trial.run, written)
+        if failure := read_failure(trial.run):
+            tags |= {"last_step": str(failure.step), "jobs_lost": str(failure.jobs_lost)}
+            if failure.peak_bytes is not None:
+                metrics.append(_metric("peak_bytes", failure.peak_bytes, _milliseconds(trial.end or trial.start)))
+            self._client.log_artifact(child.run_id, str(failure_file(trial.run)))
         told = objectives(self._study.value_names, trial.values)
         told |= {f"violation/{_key(bound)}": amount for bound, amount in trial.violations.items()}
         metrics += [_metric(name, value, _milliseconds(trial.end or trial.start)) for name, value in told.items()]

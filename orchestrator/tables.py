@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.table import Table
 
+from orchestrator.failures import describe, read_failure
 from orchestrator.front import front
 from trainers.errors import ConfigError, StorageError
 from trainers.rundir import RunDir, RunResult, write_atomically
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _STYLES = {"COMPLETE": "green", "RUNNING": "cyan", "PRUNED": "yellow", "FAIL": "red"}
 _MAX_REASON = 70
+_MAX_FAILURES = 5
 
 
 def read_result(run: RunDir) -> RunResult | None:
@@ -56,6 +58,18 @@ def status_table(spec: StudySpec, trials: Sequence[TrialView], title: str | None
         cells.append(_duration(trial))
         table.add_row(str(trial.number), trial.state.lower(), *cells, _reason(trial), style=_STYLES.get(trial.state))
     return table
+
+
+def failure_lines(trials: Sequence[TrialView]) -> list[str]:
+    """What is known of the trials that failed last, with the ends of their logs."""
+    known = [(trial.number, read_failure(trial.run)) for trial in trials if trial.state in {"FAIL", "PRUNED"}]
+    failed = [(number, failure) for number, failure in known if failure is not None]
+    lines = [line for number, failure in failed[-_MAX_FAILURES:] for line in describe(number, failure)]
+    if len(failed) > _MAX_FAILURES:
+        lines.insert(
+            0, f"the last {_MAX_FAILURES} of {len(failed)} failures; each has a failure.json in its folder"
+        )
+    return lines
 
 
 def best_trial(spec: StudySpec, trials: Sequence[TrialView]) -> tuple[TrialView, float]:

@@ -247,7 +247,8 @@ def _record(run: RunDir, rank: int, error: Exception) -> None:
     _reserve(run, rank).unlink(missing_ok=True)  # on a full disk, this is the room for what follows
     text = " ".join(str(error).split())
     message = f"{type(error).__name__}: {text}" if reason in {"crash", "oom", "disk"} else text
-    own = _RankError(time=time.time(), error=RunError(reason=reason, message=message, step=_last_step(run)))
+    failure = RunError(reason=reason, message=message, step=_last_step(run), peak_bytes=_peak_bytes())
+    own = _RankError(time=time.time(), error=failure)
     run.write(_rank_error_file(run, rank), own)
     files = run.path.glob("logs/rank*.error.json")
     everyone = [_RankError.model_validate_json(file.read_text(encoding="utf-8")) for file in files]
@@ -269,6 +270,16 @@ def _reason(error: Exception) -> Reason | None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(words in text for words in _PEER_IS_GONE):
         return None
     return "crash"
+
+
+def _peak_bytes() -> int | None:
+    if "trainers.loop" not in sys.modules:
+        return None
+    import torch
+
+    from trainers.loop import peak_bytes
+
+    return peak_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _last_step(run: RunDir) -> int | None:

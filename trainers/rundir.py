@@ -55,6 +55,8 @@ class RunError(Config):
     message: str
     step: int | None = None
     """Last optimizer step that was logged."""
+    peak_bytes: int | None = None
+    """Largest memory use of the rank that failed, as in `RunResult`; null if it had loaded nothing."""
 
 
 @dataclass(frozen=True)

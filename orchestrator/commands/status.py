@@ -19,9 +19,12 @@ def run(options: argparse.Namespace) -> int:
     spec, _ = load(options)
     from orchestrator.ledger import read_trials
     from orchestrator.panels import NOTES_FILE
-    from orchestrator.tables import status_table
+    from orchestrator.tables import failure_lines, status_table
 
-    out.print(status_table(spec, read_trials(spec)))
+    trials = read_trials(spec)
+    out.print(status_table(spec, trials))
+    for line in failure_lines(trials):
+        out.print(line, soft_wrap=True, markup=False, highlight=False)
     if (notes := spec.root / NOTES_FILE).exists():
         out.print(notes.read_text(encoding="utf-8").rstrip(), soft_wrap=True, markup=False)
     return 0
