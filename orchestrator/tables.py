@@ -66,9 +66,7 @@ def failure_lines(trials: Sequence[TrialView]) -> list[str]:
     failed = [(number, failure) for number, failure in known if failure is not None]
     lines = [line for number, failure in failed[-_MAX_FAILURES:] for line in describe(number, failure)]
     if len(failed) > _MAX_FAILURES:
-        lines.insert(
-            0, f"the last {_MAX_FAILURES} of {len(failed)} failures; each has a failure.json in its folder"
-        )
+        lines.insert(0, f"the last {_MAX_FAILURES} of {len(failed)} failures; each has a failure.json in its folder")
     return lines
 
 
