@@ -98,7 +98,7 @@ def _run_job(contest: Contest) -> None:
     tree = {"study": spec.model_dump(mode="json"), "winner": contest.winner}
     text, digest = freeze(tree)
     write_atomically(run.trial, text)
-    launcher = spec.launcher.model_copy(update={"num_processes": 1})
+    launcher = spec.launcher.alone()
     job = Job("orchestrator.confirm", (str(run.path), "--sha256", digest), run.path)
     job_id = launcher.find(job) or launcher.submit(job)
     try:

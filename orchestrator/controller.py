@@ -191,11 +191,21 @@ class Controller:
             self._submit(trial, run)
         elif state is JobState.ENDED:
             self._lose(trial, run, job_id, "the job ended without a result")
-        elif time.time() - trial.user_attrs["submitted"] > self.spec.launcher.timeout_minutes * 60:
+        elif self._is_late(trial, state):
             self.spec.launcher.cancel(job_id)
             self._lose(trial, run, job_id, f"the job took longer than {self.spec.launcher.timeout_minutes} minutes")
         elif self._reports.prune(frozen.number):
             self._prune(trial, job_id)
+
+    def _is_late(self, trial: Trial, state: JobState) -> bool:
+        """Whether the job has worked for too long; a cluster's queue does not count."""
+        notes = trial.user_attrs
+        if (state is JobState.QUEUED) != notes.get("queued", False):
+            trial.set_user_attr("submitted", time.time())
+            trial.set_user_attr("queued", state is JobState.QUEUED)
+            return False
+        late = time.time() - notes["submitted"] > self.spec.launcher.timeout_minutes * 60
+        return late and state is not JobState.QUEUED
 
     def _prune(self, trial: Trial, job_id: JobId) -> None:
         self.spec.launcher.cancel(job_id)

@@ -1,17 +1,32 @@
 """Where a trial runs. Launchers are stateless: a job is known by its id, or by its run directory."""
 
 import hashlib
+import os
 from abc import abstractmethod
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import NewType
+from typing import NewType, Self
 
 from pydantic import Field
 
 from trainers.config import Choice
 
 JobId = NewType("JobId", str)
+
+TOKEN = "TRIAL_TOKEN"  # noqa: S105  a name, not a secret
+"""Environment variable by which all processes of a job are known."""
+_PROJECT = Path(__file__).parents[1]
+
+# What a job inherits. Anything else stays here: other jobs' ranks and ports, and secrets above all.
+_ENVIRONMENT = frozenset(
+    "PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR TEMP TMP VIRTUAL_ENV LD_LIBRARY_PATH LD_PRELOAD "
+    "DYLD_LIBRARY_PATH XDG_CACHE_HOME HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE TORCH_HOME TRITON_CACHE_DIR "
+    "OPENBLAS_NUM_THREADS CUBLAS_WORKSPACE_CONFIG SSL_CERT_FILE".split()
+)
+_ENVIRONMENT_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "OMP_", "KMP_", "MKL_", "NCCL_", "GLOO_", "PYTORCH_", "COVERAGE_")
+_OF_A_MACHINE = frozenset("TMPDIR TEMP TMP CUDA_VISIBLE_DEVICES NVIDIA_VISIBLE_DEVICES".split())
+"""What means nothing on another machine."""
 
 
 class JobState(StrEnum):
@@ -46,6 +61,10 @@ class Launcher(Choice):
     poll_seconds: float = Field(default=1.0, gt=0)
     """How often the controller looks at its jobs."""
 
+    def alone(self) -> Self:
+        """The same launcher for a job of one process."""
+        return self.model_copy(update={"num_processes": 1})
+
     @abstractmethod
     def check(self) -> None:
         """Find out whether jobs can run here, without starting one.
@@ -69,3 +88,20 @@ class Launcher(Choice):
     @abstractmethod
     def cancel(self, job_id: JobId) -> None:
         """End the job and wait until none of its processes is left; no error if it has ended. Raises LaunchError."""
+
+
+def job_environment(job: Job, *, elsewhere: bool = False) -> dict[str, str]:
+    """Environment variables of `job`, `elsewhere` if it does not run on this machine."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_PREFIXES)
+    }
+    if elsewhere:
+        kept = {name: value for name, value in kept.items() if name not in _OF_A_MACHINE}
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(_PROJECT), os.environ.get("PYTHONPATH")))),
+        "PYTHONUNBUFFERED": "1",
+        TOKEN: job.token,
+    }

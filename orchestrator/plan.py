@@ -140,7 +140,7 @@ def check_fits(spec: StudySpec, needed: Estimate) -> None:
 
     Raises:
         StorageError: The disk has no room for what is left to do.
-        LaunchError: The model does not fit into memory.
+        LaunchError: The model does not fit into this machine's memory, if jobs run here.
     """
     existing = next(parent for parent in (spec.output, *spec.output.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
@@ -149,6 +149,8 @@ def check_fits(spec: StudySpec, needed: Estimate) -> None:
             f"output: got {human(free)} of free disk in {existing}; expected {human(needed.disk_bytes)} "
             f"({needed.disk_formula}); free some, lower limits.trials, or set another output"
         )
+    if not isinstance(spec.launcher, LocalLauncher):
+        return
     devices = _gpus(spec)
     have = min(devices.values()) if devices else psutil.virtual_memory().total
     ranks = 1 if devices else spec.launcher.num_processes * spec.limits.parallel

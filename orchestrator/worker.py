@@ -1,6 +1,7 @@
 """Inside a job, on every rank: a frozen trial becomes scores, or the reason why not.
 
     torchrun --standalone --nproc-per-node N -m orchestrator.worker RUN_DIR --sha256 HASH --cache FOLDER
+    srun --ntasks N python -m orchestrator.worker RUN_DIR --sha256 HASH --cache FOLDER
 
 The exit code means nothing. `result.json` is success, `error.json` a failure that a retry would repeat, and neither
 means that the job was lost and should be submitted again.
@@ -25,9 +26,10 @@ from typing import TYPE_CHECKING, Literal, TextIO
 import psutil
 
 from orchestrator.provenance import versions
+from orchestrator.ranks import name_ranks
 from orchestrator.spec import TrialSpec
 from trainers.config import Config
-from trainers.errors import CheckpointError, ConfigError, DataError, ModelError, NonFiniteError
+from trainers.errors import CheckpointError, ConfigError, DataError, ModelError, NonFiniteError, StoppedError
 from trainers.rundir import RunDir, RunError, RunResult, thaw
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
 _NOT_OURS = 3
 """Exit code for a run directory that another job works on, or that has its result."""
+_STOPPED = 4
+"""Exit code for training that was told to end: neither a result nor an error, so it is started again."""
 _RESERVE_BYTES = 2**16
 """Kept free on the disk for saying that it is full."""
 _OURS = ("orchestrator", "trainers", "evaluation", "__main__")
@@ -96,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--untrained", action="store_true", help="train nothing: score the model as it is")
     options = parser.parse_args(argv)
     _die_with_parent()
+    name_ranks(os.environ)
     run, rank = RunDir(options.run_dir), int(os.environ.get("RANK", "0"))
     lock = _acquire(run) if rank == 0 else None
     if rank == 0 and (lock is None or run.result.exists() or run.error.exists()):
@@ -108,6 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _measure(run, options.sha256, options.cache)
         else:
             _work(run, options.sha256, options.cache, options.trained)
+    except StoppedError as stopped:
+        log.info("rank %d: %s", rank, stopped)
+        return _STOPPED
     except Exception as error:  # noqa: BLE001  the edge of the process: whatever happened is written down
         _record(run, rank, error)
         return 1

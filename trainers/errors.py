@@ -38,3 +38,7 @@ class CheckpointError(ProjectError):
 
 class NonFiniteError(ProjectError):
     """A loss or gradient became infinite or NaN; training cannot go on."""
+
+
+class StoppedError(ProjectError):
+    """Training was told to end before its last step; it goes on from its checkpoint when it is started again."""

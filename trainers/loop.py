@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from trainers.batch import Batch, Stream, example_rng
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.efficiency import attention_by, check_attention, checkpoint_activations, compile_blocks
-from trainers.errors import CheckpointError, ConfigError, NonFiniteError
+from trainers.errors import CheckpointError, ConfigError, NonFiniteError, StoppedError
 from trainers.method import Method, MethodConfig
+from trainers.notice import Notice
 from trainers.optim import OptimizerConfig
 from trainers.rundir import RunDir
 from trainers.samples import SamplesConfig
@@ -51,6 +52,7 @@ def fit(
         CheckpointError: There are checkpoints and none can be used.
         ConfigError: There are more processes than examples in a batch, or an option does not suit model or device.
         DataError: There is nothing to validate on.
+        StoppedError: SIGTERM came; a checkpoint of the last step was written.
     """
     if config.batch_size < accelerator.num_processes:
         raise ConfigError(
@@ -60,7 +62,7 @@ def fit(
     _prepare(method, config, accelerator)
     training = _Training(method, config, run, accelerator, watch)
     step = training.restore()
-    with _training_mode(method):
+    with _training_mode(method), Notice(accelerator) as notice:
         while step < config.steps:
             training.take(step)
             step += 1
@@ -68,8 +70,11 @@ def fit(
                 training.report(step)
             training.look(step)
             # Last, so that a run which goes on from here has nothing of the steps before left to do.
-            if training.due(step, config.checkpoint_every):
+            leaving = notice.given()
+            if leaving or training.due(step, config.checkpoint_every):
                 training.save(step)
+            if leaving and step < config.steps:
+                raise StoppedError(f"told to end after step {step} of {config.steps}; a checkpoint holds it")
     training.finish()
     # Gradients and the optimizer's moments make room for sampling.
     accelerator.free_memory()

@@ -8,29 +8,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Literal, Self
 
 import psutil
 from pydantic import model_validator
 from typing_extensions import override
 
-from orchestrator.launcher import Job, JobId, JobState, Launcher
+from orchestrator.launcher import TOKEN, Job, JobId, JobState, Launcher, job_environment
 from trainers.errors import LaunchError
 
-_PROJECT = Path(__file__).parents[2]
-_TOKEN = "TRIAL_TOKEN"  # noqa: S105  a name, not a secret
 _DETACH = '"$@" >>"$0" 2>&1 </dev/null & echo $!'
 _SHUTDOWN_SECONDS = 10
 """Between asking a job to stop and killing it; torchrun itself would wait for 30 s."""
-
-# What a job inherits. Anything else stays here: other jobs' ranks and ports, and secrets above all.
-_ENVIRONMENT = frozenset(
-    "PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR TEMP TMP VIRTUAL_ENV LD_LIBRARY_PATH LD_PRELOAD "
-    "DYLD_LIBRARY_PATH XDG_CACHE_HOME HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE TORCH_HOME TRITON_CACHE_DIR "
-    "OPENBLAS_NUM_THREADS CUBLAS_WORKSPACE_CONFIG SSL_CERT_FILE".split()
-)
-_ENVIRONMENT_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "OMP_", "KMP_", "MKL_", "NCCL_", "GLOO_", "PYTORCH_", "COVERAGE_")
 
 
 class LocalLauncher(Launcher):
@@ -118,11 +107,6 @@ class LocalLauncher(Launcher):
             psutil.wait_procs(survivors, timeout=1)
 
     def _environment(self, job: Job) -> dict[str, str]:
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_PREFIXES)
-        }
         threads = max(1, (os.cpu_count() or 1) // self.num_processes)
         devices = (
             {}
@@ -131,11 +115,8 @@ class LocalLauncher(Launcher):
         )  # that order is how nvidia-smi counts
         return {
             "OMP_NUM_THREADS": str(threads),
-            **kept,
+            **job_environment(job),
             **devices,
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(_PROJECT), os.environ.get("PYTHONPATH")))),
-            "PYTHONUNBUFFERED": "1",
-            _TOKEN: job.token,
         }
 
 
@@ -158,7 +139,7 @@ def _processes(token: str) -> Iterator[psutil.Process]:
 
 def _has_token(process: psutil.Process, token: str) -> bool:
     try:
-        return process.environ().get(_TOKEN) == token
+        return process.environ().get(TOKEN) == token
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess, OSError):
         return False
 

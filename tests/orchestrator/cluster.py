@@ -35,6 +35,7 @@ class Cluster:
         self.rng = random.Random(0)
         self.crash = self.lose = 0.0
         self.behaviour: Behaviour = score
+        self.first_state = JobState.RUNNING
         self.jobs: dict[JobId, dict[str, Any]] = {}
         self.cancelled: list[JobId] = []
 
@@ -68,14 +69,19 @@ def registered_cluster() -> Iterator[Cluster]:  # noqa: C901  three small classe
         def submit(self, job: Job) -> JobId:
             the_cluster.maybe_crash()
             job_id = JobId(str(len(the_cluster.jobs)))
-            the_cluster.jobs[job_id] = {"run": RunDir(job.run_dir), "polls": 0, "state": JobState.RUNNING, "job": job}
+            the_cluster.jobs[job_id] = {
+                "run": RunDir(job.run_dir),
+                "polls": 0,
+                "state": the_cluster.first_state,
+                "job": job,
+            }
             the_cluster.maybe_crash()  # submitted, but the controller never learnt it
             return job_id
 
         def find(self, job: Job) -> JobId | None:
             the_cluster.maybe_crash()
             for job_id, known in the_cluster.jobs.items():
-                if known["job"].token == job.token and known["state"] is JobState.RUNNING:
+                if known["job"].token == job.token and known["state"] is not JobState.ENDED:
                     return job_id
             return None
 

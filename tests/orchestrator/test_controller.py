@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import TrialState
 
 from orchestrator.controller import StudyStoppedError
-from orchestrator.launcher import JobId
+from orchestrator.launcher import JobId, JobState
 from tests.orchestrator.cluster import Cluster, drive, fail_with, spec_of, states
 from tests.orchestrator.studies import score
 from trainers.errors import ConfigError
@@ -164,6 +164,30 @@ def test_a_job_that_takes_too_long_is_ended_and_counts_as_lost(cluster: Cluster,
     with pytest.raises(StudyStoppedError, match="lost: the job took longer than 1e-09 minutes, 1 times"):
         drive(spec_of(tmp_path, *sets))
     assert cluster.cancelled == ["0", "1", "2"]
+
+
+def test_time_in_a_cluster_s_queue_does_not_count(cluster: Cluster, tmp_path: Path):
+    cluster.first_state = JobState.QUEUED
+    sets = ("launcher.timeout_minutes=1e-9", "limits.max_retries=0", "limits.trials=1")
+    study, _ = drive(spec_of(tmp_path, *sets))
+    assert states(study) == ["COMPLETE"]
+
+
+def test_a_job_s_time_begins_when_it_leaves_the_queue(cluster: Cluster, tmp_path: Path):
+    class Leaving(dict[JobId, dict[str, Any]]):
+        def __setitem__(self, job_id: JobId, job: dict[str, Any]) -> None:
+            super().__setitem__(job_id, job)
+            job["states"] = iter([JobState.QUEUED, JobState.RUNNING])
+
+    def progress() -> None:
+        for job in cluster.jobs.values():
+            if job["state"] is not JobState.ENDED:
+                job["state"] = next(job["states"], JobState.RUNNING)
+
+    cluster.jobs, cluster.progress = Leaving(), progress
+    sets = ("launcher.timeout_minutes=1e-9", "limits.max_retries=0", "limits.trials=1")
+    with pytest.raises(StudyStoppedError, match="took longer"):
+        drive(spec_of(tmp_path, *sets))
 
 
 def test_a_pruned_trial_is_ended_and_counts_with_its_last_value(cluster: Cluster, tmp_path: Path):
