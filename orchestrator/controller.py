@@ -12,9 +12,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import ValidationError
 
 from orchestrator.base import Base
+from orchestrator.budget import Meter, reached
 from orchestrator.failures import note_failure
 from orchestrator.launcher import Job, JobId, JobState
 from orchestrator.panels import NOTES, NOTES_FILE, PROMPT_VALUES, prompt_values
+from orchestrator.quota import Quota
 from orchestrator.reports import Reports
 from orchestrator.search import Value
 from orchestrator.spec import StudySpec
@@ -51,8 +53,13 @@ class Controller:
     _failures_before: frozenset[int] = field(default=frozenset(), init=False)
     _reports: Reports = field(init=False)
     _base: Base = field(init=False)
+    _meter: Meter = field(init=False)
+    _quota: Quota = field(init=False)
+    _over: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        self._meter = Meter(self.spec.root)
+        self._quota = Quota(self.spec.limits)
         self._base = Base(self.spec, WORKER)
         self._reports = Reports(self.spec, self.study)
 
@@ -72,9 +79,11 @@ class Controller:
                 self._observe(view)
                 time.sleep(self.spec.launcher.poll_seconds)
             self._observe(view)
+            self._meter.save()
         except (KeyboardInterrupt, StudyStoppedError):
             self.stop()
             self._observe(view)
+            self._meter.save()
             raise
         except (optuna.exceptions.StorageInternalError, OSError) as error:
             problem = str(error.__cause__ or error).partition("\n")[0]
@@ -82,6 +91,7 @@ class Controller:
 
     def step(self) -> bool:
         """Move every running trial forward and start new ones; True when there is nothing left."""
+        self._meter.tick(self._num_devices())
         if self._base.scores() is None:
             self._base.advance()
             return False
@@ -92,7 +102,9 @@ class Controller:
                 self._start(self._attach(frozen))
         self._stop_if_hopeless()
         self._note()
-        while not self._is_full():
+        trials = trial_views(self.spec, self.study) if self.spec.limits.judge_results else []
+        self._quota.enforce(trials)
+        while not self._is_full() and not self._is_over(trials):
             self._start(self.study.ask())
             self._stop_if_hopeless()
         return not self._trials(TrialState.RUNNING)
@@ -129,6 +141,18 @@ class Controller:
         if running and self.spec.shares_training and not self._trials(*_COUNTED):
             return True  # the first trial trains for all; others would hold a device and wait
         return self.spec.sampler.room(self.spec.search, self.study) == 0
+
+    def _is_over(self, trials: Sequence[TrialView]) -> bool:
+        why = reached(self.spec, trials, self._meter.usage)
+        if why and why != self._over:
+            log.info("no more trials are started: %s", why)
+        self._over = why
+        return why is not None
+
+    def _num_devices(self) -> int:
+        """What jobs hold now."""
+        live = [trial for trial in self._trials(TrialState.RUNNING) if trial.user_attrs.get("job_id")]
+        return len(live) * self.spec.launcher.num_processes
 
     def _note(self) -> None:
         """Say what the sampler has to say, once."""

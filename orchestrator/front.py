@@ -24,10 +24,11 @@ def front(trials: Sequence[TrialView]) -> list[TrialView]:
     """
     won: list[tuple[list[float], TrialView]] = []
     for values, trial in feasible(trials):  # whoever beats a trial comes before it
-        if not any(_beats(best, values) for best, _ in won):
+        if not any(beats(best, values) for best, _ in won):
             won.append((values, trial))
     return [trial for _, trial in won]
 
 
-def _beats(one: list[float], other: list[float]) -> bool:
+def beats(one: list[float], other: list[float]) -> bool:
+    """Whether `one` is at least as good in every value, and better in one."""
     return one != other and all(first >= second for first, second in zip(one, other, strict=True))

@@ -16,6 +16,7 @@ from orchestrator.complaints import complaint, config_error, did_you_mean, shown
 from orchestrator.database import DatabaseUrl
 from orchestrator.launcher import Launcher
 from orchestrator.launchers.local import LocalLauncher
+from orchestrator.limits import Limits
 from orchestrator.objective import Objective
 from orchestrator.pruners import NoPruner, Pruner
 from orchestrator.search import Parameter, Sampler, TpeSampler, Value
@@ -46,17 +47,6 @@ class TrialSpec(Config):
     def _guidance_finds_its_versions(self) -> Self:
         self.train.check_guidance(self.evaluate.guidance, finished=self.adapter is not None)
         return self
-
-
-class Limits(Config):
-    """When a study ends."""
-
-    trials: int = Field(default=20, ge=1)
-    """Trials that count: those that were scored, pruned, or ran out of memory or finite numbers."""
-    parallel: int = Field(default=1, ge=1)
-    """Jobs at the same time. They share the launcher's devices."""
-    max_retries: int = Field(default=2, ge=0)
-    """Resubmissions of a trial whose job was lost; it resumes from its last checkpoint."""
 
 
 class StudySpec(Config):
@@ -203,6 +193,9 @@ class StudySpec(Config):
         if self.sampler.needs_one_value and (len(objective.names) > 1 or objective.bounds()):
             message = "got an objective of several values or with bounds; expected one value and no bounds"
             _reject(("objective",), objective.model_dump(), message)
+        if self.limits.target is not None and len(objective.names) > 1:
+            message = "got a target with an objective of several values; expected none; patience ends such a study"
+            _reject(("limits", "target"), self.limits.target, message)
         if self.confirm_seeds and len(objective.names) > 1:
             message = (
                 f"got {self.confirm_seeds} with an objective of several values; expected 0, because they have a front "

@@ -17,12 +17,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the table."""
     spec, _ = load(options)
+    from orchestrator.budget import reached, read_usage
     from orchestrator.ledger import read_trials
     from orchestrator.panels import NOTES_FILE
     from orchestrator.tables import failure_lines, status_table
 
     trials = read_trials(spec)
     out.print(status_table(spec, trials))
+    usage = read_usage(spec.root)
+    out.print(f"used: {usage.seconds / 3600:.3g} h, of jobs {usage.device_seconds / 3600:.3g} h", highlight=False)
+    if why := reached(spec, trials, usage):
+        out.print(f"no more trials are started: {why}", soft_wrap=True, markup=False, highlight=False)
     for line in failure_lines(trials):
         out.print(line, soft_wrap=True, markup=False, highlight=False)
     if (notes := spec.root / NOTES_FILE).exists():
