@@ -9,7 +9,7 @@ pixel (`trainers.miniature.truth`). Differences are paired; intervals are 95 % o
 import argparse
 import random
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +44,8 @@ class Drawn:
     """What one model drew of some scenes."""
 
     truth: Panel
-    pictures: dict[tuple[str, str], Path]
-    """The first seed's, by prompt and who drew it."""
+    pictures: dict[str, Path]
+    """The first seed's, by prompt."""
 
 
 def plain_scenes(count: int = 12) -> Scenes:
@@ -69,23 +69,23 @@ def targets(name: str) -> Scenes:
     return {Prompt(text=caption(scene)): scene for scene in style_scenes(name, 12, seed=99)}
 
 
-def draw(model: Model, who: str, scenes: Scenes, sampling: SamplingConfig, folder: Path) -> Drawn:
-    """Draw and judge every scene with every fresh seed."""
+def draw(model: Model, scenes: Scenes, seeds: Sequence[int], sampling: SamplingConfig, folder: Path) -> Drawn:
+    """Draw and judge every scene with every seed; the first seed's pictures stay in `folder`."""
     truth: Panel = {}
-    pictures: dict[tuple[str, str], Path] = {}
-    requests = [Request(prompt, seed) for prompt in scenes for seed in FRESH_SEEDS]
+    pictures: dict[str, Path] = {}
+    folder.mkdir(parents=True)
+    requests = [Request(prompt, seed) for prompt in scenes for seed in seeds]
     for sample in generate(model, requests, sampling):
         name = str(sample.prompt)
         pixels = to_unit(torch.from_numpy(np.array(sample.image)).permute(2, 0, 1)[None])
         truth[name, sample.seed] = compare(pixels, scenes[sample.prompt])[0].whole
-        if sample.seed == FRESH_SEEDS[0]:
-            folder.mkdir(parents=True, exist_ok=True)
-            pictures[name, who] = folder / f"{who}_{len(truth)}.png"
-            sample.image.save(pictures[name, who])
+        if sample.seed == seeds[0]:
+            pictures[name] = folder / f"{len(pictures)}.png"
+            sample.image.save(pictures[name])
     return Drawn(truth, pictures)
 
 
-def report(name: str, trial: Path, learnt: Scenes, kept: Scenes | None = None) -> str:
+def report(name: str, trial: Path, learnt: Scenes, seeds: Sequence[int] = FRESH_SEEDS) -> str:
     """Judge a trial; writes the table and the pictures, and returns the table."""
     spec = TrialSpec.model_validate(thaw(RunDir(trial).trial))
     accelerator = build_accelerator(spec.train)
@@ -93,20 +93,20 @@ def report(name: str, trial: Path, learnt: Scenes, kept: Scenes | None = None) -
     rows: list[str] = []
     pictures: dict[tuple[str, str], Path] = {}
     with tempfile.TemporaryDirectory() as folder, accelerator.autocast():
-        parts = {"to be learnt": learnt, "to be kept": plain_scenes() if kept is None else kept}
+        parts = {"to be learnt": learnt, "to be kept": plain_scenes()}
         drawn: dict[tuple[str, str], Drawn] = {}
         for who, adapter in (("before", None), ("after", RunDir(trial).adapter)):
             model = spec.train.load_trained(adapter, accelerator)
             for what, scenes in parts.items():
-                drawn[what, who] = draw(model, who, scenes, sampling, Path(folder) / what)
+                drawn[what, who] = draw(model, scenes, seeds, sampling, Path(folder) / who / what)
         for what, scenes in parts.items():
             before, after = drawn[what, "before"], drawn[what, "after"]
             gain = paired_difference(after.truth, before.truth)
             values = (estimate(before.truth).mean, estimate(after.truth).mean, gain.mean, gain.low, gain.high)
             cells = "| {:.3f} | {:.3f} | {:+.3f} ({:+.3f} to {:+.3f}) |".format(*values)
-            rows.append(f"| {what} ({len(scenes)} prompts x {len(FRESH_SEEDS)} seeds) {cells}")
-            shown = list(dict.fromkeys(prompt for prompt, _ in before.pictures))[:6]
-            pictures |= {key: path for one in (before, after) for key, path in one.pictures.items() if key[0] in shown}
+            rows.append(f"| {what} ({len(scenes)} prompts x {len(seeds)} seeds) {cells}")
+            for prompt in list(before.pictures)[:6]:
+                pictures[prompt, "before"], pictures[prompt, "after"] = before.pictures[prompt], after.pictures[prompt]
         RESULTS.mkdir(exist_ok=True)
         draw_grid(pictures).save(RESULTS / f"learned_{name}.png")
     used = versions()
@@ -126,8 +126,12 @@ def main() -> None:
     parser.add_argument("concept", help="the subject or style that was to be learnt")
     parser.add_argument("trial", type=Path, help="a finished trial's directory")
     parser.add_argument("--name", help="of the result's files; default: the concept")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=FRESH_SEEDS, help="of the noise that pictures begin with"
+    )
     arguments = parser.parse_args()
-    print(report(arguments.name or arguments.concept, arguments.trial, targets(arguments.concept)))
+    learnt = targets(arguments.concept)
+    print(report(arguments.name or arguments.concept, arguments.trial, learnt, arguments.seeds))
 
 
 if __name__ == "__main__":
