@@ -10,7 +10,6 @@ import importlib
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from orchestrator.database import open_database
 from orchestrator.failures import failure_file, read_failure
 from orchestrator.front import front
+from orchestrator.progress import Picture, Progress, objectives, plain, read_news, scores
 from orchestrator.tracker import StudyView, TrialView
 from trainers.errors import StorageError, TrackerError
 from trainers.rundir import RunDir, RunResult, thaw
@@ -41,9 +41,6 @@ _MAX_METRICS = 900
 
 _STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
 """Optuna's final states in MLflow's words."""
-
-_HAS_IMAGES = "mlflow.loggedImages"
-"""MLflow's own mark of a run whose pictures are complete: the thumbnail is the last file that it writes."""
 
 IMAGE_KEY = "samples"
 """The same in every child run, so that the image grid shows trials side by side."""
@@ -75,12 +72,13 @@ class _Child:
     run_id: str
     tags: dict[str, str]
     ended: bool
+    pictures: set[str] | None = None
+    """Those that the store had when the first was to be sent; None if it was not asked."""
 
     @property
-    def sent(self) -> tuple[int, int]:
-        """Byte offset in `events.jsonl` and optimizer step up to which metrics were sent."""
-        offset, step = self.tags.get("events", "0:-1").split(":")
-        return int(offset), int(step)
+    def sent(self) -> Progress:
+        """Up to where the job's events were sent."""
+        return Progress.parse(self.tags.get("events", ""))
 
 
 class Mirror:
@@ -132,17 +130,13 @@ class Mirror:
         self._send(child, params=flatten(config), tags={"trial_sha256": digest})
 
     def _send_events(self, child: _Child, run: RunDir) -> None:
-        offset, step = child.sent
-        if not run.events.exists() or run.events.stat().st_size <= offset:
+        news = read_news(run, child.sent)
+        if news.progress == child.sent:
             return
-        metrics: list[Metric] = []
-        # A job that was lost repeats the steps since its last checkpoint, with the same numbers: sent once.
-        for end, event in run.read_events(offset):
-            offset = end
-            if event["event"] == "train" and event["step"] > step:
-                step = event["step"]
-                metrics += _curves(event)
-        self._send(child, metrics=metrics, tags={"events": f"{offset}:{step}"})
+        for picture in news.pictures:
+            self._send_image(child, picture)
+        metrics = [_metric(point.name, point.value, int(point.time * 1000), point.step) for point in news.points]
+        self._send(child, metrics=metrics, tags={"events": str(news.progress)})
 
     def _send_outcome(self, child: _Child, trial: TrialView) -> None:
         tags = {"state": trial.state, "reason": trial.reason or ""}
@@ -159,7 +153,7 @@ class Mirror:
                 metrics.append(_metric("peak_bytes", failure.peak_bytes, _milliseconds(trial.end or trial.start)))
             self._client.log_artifact(child.run_id, str(failure_file(trial.run)))
         told = objectives(self._study.value_names, trial.values)
-        told |= {f"violation/{_key(bound)}": amount for bound, amount in trial.violations.items()}
+        told |= {f"violation/{plain(bound)}": amount for bound, amount in trial.violations.items()}
         metrics += [_metric(name, value, _milliseconds(trial.end or trial.start)) for name, value in told.items()]
         self._send(child, metrics=metrics, tags=tags)
 
@@ -168,18 +162,21 @@ class Mirror:
             self._client.log_artifacts(child.run_id, str(run.adapter), "adapter")
         if run.records.is_file():
             self._client.log_artifact(child.run_id, str(run.records))
-        if (run.samples / "grid.png").is_file() and _HAS_IMAGES not in child.tags:
-            self._send_image(child, run.samples / "grid.png", written)
+        if (run.samples / "grid.png").is_file():
+            self._send_image(child, Picture(IMAGE_KEY, run.samples / "grid.png", 0, written / 1000))
 
-    def _send_image(self, child: _Child, path: Path, written: int) -> None:
+    def _send_image(self, child: _Child, picture: Picture) -> None:
         """Log a picture once: each call makes new files, so ask whether an interrupted update made them."""
-        listed = self._client.list_artifacts(child.run_id, "images")
-        if not any(file.path.endswith(".webp") for file in listed):
+        if child.pictures is None:
+            child.pictures = {file.path for file in self._client.list_artifacts(child.run_id, "images")}
+        name = f"images/{picture.name.replace('/', '~')}+step+{picture.step}+"
+        if not any(path.startswith(name) and path.endswith(".webp") for path in child.pictures):  # written last
             from PIL import Image
 
-            with Image.open(path) as image:
-                self._client.log_image(child.run_id, image, key=IMAGE_KEY, step=0, timestamp=written)
-        self._send(child, tags={_HAS_IMAGES: "True"})
+            with Image.open(picture.path) as image:
+                moment = int(picture.time * 1000)
+                self._client.log_image(child.run_id, image, key=picture.name, step=picture.step, timestamp=moment)
+        self._send(child, tags={"mlflow.loggedImages": "True"})  # else the page shows none
 
     def _find_parent(self, trials: Sequence[TrialView]) -> _Child:
         first = min(trials, key=lambda trial: trial.number).start
@@ -246,32 +243,11 @@ class Mirror:
                 return runs
 
 
-def scores(result: RunResult) -> dict[str, float]:
-    """Metrics of a finished trial by name; scores are `<metric>/<model>`, their standard errors end in `_se`."""
-    named: dict[str, float] = {}
-    for metric, score in result.scores.items():
-        name = f"{_key(metric)}/{_key(score.model)}"
-        named |= {name: score.mean, f"{name}_se": score.standard_error}
-        if score.num_undefined:
-            named[f"{name}_undefined"] = float(score.num_undefined)
-    named |= {f"seconds/{_key(stage)}": seconds for stage, seconds in result.seconds.items()}
-    return {**named, "peak_bytes": float(result.peak_bytes)}
-
-
-def objectives(names: Sequence[str], values: Sequence[float] | None) -> dict[str, float]:
-    """`objective`, or `objective/<name>` of each if there are several."""
-    if values is None:
-        return {}
-    if len(names) == 1:
-        return {"objective": values[0]}
-    return {f"objective/{_key(name)}": value for name, value in zip(names, values, strict=True)}
-
-
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Leaves of a config by dotted path, as MLflow's parameters can hold them."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
-        path = f"{prefix}{_key(key)}"
+        path = f"{prefix}{plain(key)}"
         if isinstance(value, dict):
             flat |= flatten(cast("dict[str, Any]", value), f"{path}.")
             continue
@@ -279,18 +255,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         end = " … (all of it is in trial.yaml)"
         flat[path[:_MAX_KEY]] = text if len(text) <= _MAX_PARAM else text[: _MAX_PARAM - len(end)] + end
     return flat
-
-
-def _key(name: str) -> str:
-    """`name` with what MLflow's names cannot hold replaced, so that `/` stays free to group charts."""
-    return re.sub(r"[^\w.\- ]", "-", name)[: _MAX_KEY // 3]
-
-
-def _curves(event: Mapping[str, Any]) -> "Iterator[Metric]":
-    written = int(event["time"] * 1000)
-    for name, value in event.items():
-        if name not in ("time", "event", "step") and value is not None:
-            yield _metric(f"train/{name}", value, written, event["step"])
 
 
 def _metric(name: str, value: float, milliseconds: int, step: int = 0) -> "Metric":

@@ -4,9 +4,9 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Never, Self, cast
+from typing import Annotated, Any, Never, Self, cast
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 import orchestrator.golden_section  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the kind
@@ -22,6 +22,7 @@ from orchestrator.pruners import NoPruner, Pruner
 from orchestrator.search import Parameter, Sampler, TpeSampler, Value
 from orchestrator.tracker import Tracker
 from orchestrator.trackers.mlflow import MlflowTracker
+from orchestrator.trackers.several import several
 from orchestrator.yaml import Document, Location, Tree, load
 from trainers.config import Config, LocalPath
 from trainers.errors import ConfigError
@@ -64,7 +65,8 @@ class StudySpec(Config):
     pruner: Pruner = NoPruner()
     objective: Objective
     launcher: Launcher = LocalLauncher()
-    tracker: Tracker = MlflowTracker()
+    tracker: Annotated[Tracker, BeforeValidator(several)] = MlflowTracker()
+    """One, or a list."""
     storage: DatabaseUrl | None = None
     """Where trials and their values are kept; null is `study.db` in the study's folder."""
     limits: Limits = Limits()

@@ -10,6 +10,9 @@ from typing import Any
 from trainers.config import Choice
 from trainers.rundir import RunDir
 
+FINAL_STATES = frozenset({"COMPLETE", "PRUNED", "FAIL"})
+"""Optuna's names of the states in which a trial changes no more."""
+
 
 @dataclass(frozen=True)
 class StudyView:

@@ -5,11 +5,31 @@ from datetime import timedelta
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.mlflow_mirror import flatten, objectives, scores
+from orchestrator.mlflow_mirror import flatten
+from orchestrator.progress import objectives, scores
 from orchestrator.trackers.mlflow import MlflowTracker
+from tests.contracts.tracker import Curves, TrackerContract
 from tests.orchestrator.mlflow_store import child, opened, runs, snapshot
 from tests.orchestrator.views import FakeStudy
 from trainers.rundir import RunResult, Score
+
+
+class TestMlflowTracker(TrackerContract):
+    @pytest.fixture
+    def tracker(self) -> MlflowTracker:
+        return MlflowTracker()
+
+    def curves(self, study: FakeStudy, number: int) -> Curves:
+        if opened(study).get_experiment_by_name(study.name) is None:
+            return {}
+        run = child(study, number)
+        keys = {key: opened(study).get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+        return {key: [(point.step, point.value) for point in points] for key, points in keys.items()}
+
+    def pictures(self, study: FakeStudy, number: int) -> list[tuple[str, int]]:
+        files = opened(study).list_artifacts(child(study, number).info.run_id, "images")
+        names = [file.path.removeprefix("images/").split("+") for file in files if file.path.endswith(".png")]
+        return sorted((name.replace("~", "/"), int(step)) for name, _, step, *_ in names)
 
 
 def test_a_finished_trial_is_all_there(study: FakeStudy) -> None:
