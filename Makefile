@@ -1,5 +1,6 @@
 # make demo   install, run the default study on the miniature world, show the winner
 # make test   install, check style, types and layers, run every test
+# make crash  a hundred random schedules of kill -9, full disks and wrong clocks; writes tests/benchmarks/results/crash.md
 #
 # Both need Python 3.11 or newer, and nothing else. Repeating one installs again only what pyproject.toml or
 # constraints.txt changed.
@@ -13,7 +14,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: demo test check clean
+.PHONY: demo test check crash clean
 
 demo: .venv/installed
 	$(BIN)/python -m orchestrator run $(STUDY)
@@ -42,5 +43,9 @@ check: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@ .venv/installed
 
+crash: .venv/installed-dev
+	rm -f .crash.jsonl
+	$(QUIET_THREADS) $(BIN)/python -m tests.integration.crash --seeds 0 100 --reports .crash.jsonl --table tests/benchmarks/results/crash.md
+
 clean:
-	rm -rf .venv .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .crash.jsonl .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis *.egg-info

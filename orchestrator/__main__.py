@@ -27,8 +27,8 @@ change a study without editing it:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 for an answer of no, 2 for an error of the user's, 130 for Ctrl-C."""
-    options = _parser().parse_args(argv)
     try:
+        options = _parser().parse_args(argv)
         return options.command(options)
     except ProjectError as error:
         err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -20,9 +20,10 @@ from orchestrator.quota import Quota
 from orchestrator.reports import Reports
 from orchestrator.search import Value
 from orchestrator.spec import StudySpec
+from orchestrator.storage import told
 from orchestrator.tracker import StudyView, TrialView
 from orchestrator.views import run_dir, study_view, trial_views
-from trainers.errors import ConfigError, ProjectError, StorageError, TrackerError
+from trainers.errors import ConfigError, ProjectError, TrackerError
 from trainers.rundir import RunDir, RunError, RunResult, freeze, thaw, write_atomically
 
 log = logging.getLogger(__name__)
@@ -74,20 +75,18 @@ class Controller:
         """
         self._failures_before = frozenset(t.number for t in self._trials(TrialState.FAIL))
         view = study_view(self.spec, self.study)
-        try:
-            while not self.step():
+        with told(self.spec.root):
+            try:
+                while not self.step():
+                    self._observe(view)
+                    time.sleep(self.spec.launcher.poll_seconds)
                 self._observe(view)
-                time.sleep(self.spec.launcher.poll_seconds)
-            self._observe(view)
-            self._meter.save()
-        except (KeyboardInterrupt, StudyStoppedError):
-            self.stop()
-            self._observe(view)
-            self._meter.save()
-            raise
-        except (optuna.exceptions.StorageInternalError, OSError) as error:
-            problem = str(error.__cause__ or error).partition("\n")[0]
-            raise StorageError(f"{self.spec.root}: got {problem}; expected to read and write the study") from error
+                self._meter.save()
+            except (KeyboardInterrupt, StudyStoppedError):
+                self.stop()
+                self._observe(view)
+                self._meter.save()
+                raise
 
     def step(self) -> bool:
         """Move every running trial forward and start new ones; True when there is nothing left."""

@@ -64,6 +64,21 @@ def controller_lock(root: Path) -> Generator[None]:
         yield
 
 
+@contextmanager
+def told(root: Path) -> Generator[None]:
+    """Make an error of the user's of a full or read-only disk, and of a server that is gone. Raises StorageError."""
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except BrokenPipeError:  # the reader of our output has seen enough
+        raise
+    except (optuna.exceptions.StorageInternalError, SQLAlchemyError, OSError) as error:
+        problem = str(error.__cause__ or error).partition("\n")[0]
+        raise StorageError(f"{root}: got {problem}; expected to read and write the study") from error
+
+
 def holder(root: Path) -> dict[str, Any] | None:
     """Process id, host and start of whoever last took the lock, or None if nobody has, or just now."""
     try:

@@ -20,11 +20,11 @@ def run(options: argparse.Namespace) -> int:
     """End them and wait for it."""
     spec, _ = load(options)
     from orchestrator.controller import Controller
-    from orchestrator.storage import controller_lock, end_controller, read_study
+    from orchestrator.storage import controller_lock, end_controller, read_study, told
 
     read_study(spec)  # which says so if there is none
     ended = end_controller(spec.root, _CANCEL_SECONDS)
-    with controller_lock(spec.root):
+    with told(spec.root), controller_lock(spec.root):
         Controller(spec, read_study(spec, is_held=True)).stop()
     out.print(f"{'its controller and ' if ended else ''}all jobs of {spec.name} are ended; `run` goes on later")
     return 0

@@ -32,10 +32,10 @@ def run(options: argparse.Namespace) -> int:
     check()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
     from orchestrator.plan import check_fits, estimate_rest
-    from orchestrator.storage import controller_lock, open_study
+    from orchestrator.storage import controller_lock, open_study, told
 
     signal.signal(signal.SIGTERM, interrupt)
-    with controller_lock(spec.root):
+    with told(spec.root), controller_lock(spec.root):
         study = open_study(spec)
         check_fits(spec, estimate_rest(spec))
         _control(spec, study)
