@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 import optuna
@@ -135,7 +135,7 @@ class Controller:
     def _is_full(self) -> bool:
         running = len(self._trials(TrialState.RUNNING))
         wanted = self.spec.num_trials - len(self._trials(*_COUNTED))
-        if running >= min(wanted, self.spec.limits.parallel):
+        if running >= min(wanted, self.spec.limits.parallel) or self.spec.launcher.free_devices() is None:
             return True
         if running and self.spec.shares_training and not self._trials(*_COUNTED):
             return True  # the first trial trains for all; others would hold a device and wait
@@ -190,7 +190,10 @@ class Controller:
         job = self._job(trial, run)
         job_id = self.spec.launcher.find(job)  # of a controller that was killed before it could note the id
         if job_id is None:
-            job_id = self.spec.launcher.submit(job)
+            devices = self.spec.launcher.free_devices()
+            if devices is None:
+                return  # until the next look
+            job_id = self.spec.launcher.submit(replace(job, devices=devices))
         trial.set_user_attr("submitted", time.time())
         trial.set_user_attr("job_id", job_id)
 

@@ -44,6 +44,8 @@ class Job:
     module: str
     arguments: tuple[str, ...]
     run_dir: Path
+    devices: tuple[int, ...] = ()
+    """What it may see, if its launcher gives devices to jobs; else all that the launcher has."""
 
     @property
     def token(self) -> str:
@@ -72,6 +74,14 @@ class Launcher(Choice):
         Raises:
             LaunchError: They cannot; the message says why.
         """
+
+    def free_devices(self) -> tuple[int, ...] | None:
+        """Devices for one more job, or None while none are free; nothing if jobs share what the launcher has.
+
+        Raises:
+            LaunchError: The devices cannot be asked.
+        """
+        return ()
 
     @abstractmethod
     def submit(self, job: Job) -> JobId:

@@ -38,6 +38,7 @@ class Cluster:
         self.first_state = JobState.RUNNING
         self.jobs: dict[JobId, dict[str, Any]] = {}
         self.cancelled: list[JobId] = []
+        self.num_devices: int | None = None
 
     def maybe_crash(self) -> None:
         if self.rng.random() < self.crash:
@@ -66,8 +67,17 @@ def registered_cluster() -> Iterator[Cluster]:  # noqa: C901  three small classe
 
         def check(self) -> None: ...
 
+        def free_devices(self) -> tuple[int, ...] | None:
+            if the_cluster.num_devices is None:
+                return ()
+            live = [known["job"] for known in the_cluster.jobs.values() if known["state"] is JobState.RUNNING]
+            free = set(range(the_cluster.num_devices)) - {device for job in live for device in job.devices}
+            return (min(free),) if free else None
+
         def submit(self, job: Job) -> JobId:
             the_cluster.maybe_crash()
+            live = [known["job"] for known in the_cluster.jobs.values() if known["state"] is JobState.RUNNING]
+            assert not any(set(job.devices) & set(other.devices) for other in live), "a device has two jobs"
             job_id = JobId(str(len(the_cluster.jobs)))
             the_cluster.jobs[job_id] = {
                 "run": RunDir(job.run_dir),

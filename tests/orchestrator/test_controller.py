@@ -1,5 +1,7 @@
 """The reconcile loop against a cluster that kills controllers and loses jobs."""
 
+# pyright: basic
+
 import itertools
 import random
 from pathlib import Path
@@ -280,3 +282,12 @@ def test_a_pruned_trial_frees_its_place_at_once_and_being_killed_changes_no_verd
 def test_a_pruner_that_could_never_judge_is_refused(cluster: Cluster, tmp_path: Path, sets: list[str], problem: str):
     with pytest.raises(ConfigError, match=problem):
         spec_of(tmp_path, *sets)
+
+
+def test_jobs_wait_for_a_device_and_none_is_given_twice(cluster: Cluster, tmp_path: Path):
+    cluster.num_devices = 2
+    cluster.rng, cluster.crash, cluster.lose = random.Random(6), 0.05, 0.1
+    study, crashes = drive(spec_of(tmp_path, "limits.parallel=4", "limits.max_retries=9", "sampler={kind: random}"))
+    assert crashes
+    assert states(study) == ["COMPLETE"] * 8
+    assert {job["job"].devices for job in cluster.jobs.values()} == {(0,), (1,)}

@@ -1,9 +1,14 @@
+# pyright: basic
 import os
 import signal
+import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from pydantic import ValidationError
 
 from orchestrator.launcher import Job, JobId, JobState
 from orchestrator.launchers.local import LocalLauncher
@@ -77,3 +82,52 @@ def test_ranks_die_with_torchrun_however_it_dies(tmp_path: Path):
     os.kill(int(job_id.split(":")[0]), signal.SIGKILL)
     wait_for(lambda: not any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks))
     assert launcher.poll(job_id) is JobState.ENDED
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a stand-in for nvidia-smi says of four devices: index, mebibytes in use, mebibytes in all."""
+    tool, said = tmp_path / "nvidia-smi", tmp_path / "memory.txt"
+    tool.write_text(f'#!/bin/sh\ncase "$1" in *used*) cat {said};; *) sed "s/, [0-9]*,/,/" {said};; esac\n')
+    tool.chmod(0o755)
+    said.write_text("".join(f"{index}, 300, 16384\n" for index in range(4)))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return said
+
+
+def test_a_trial_gets_devices_that_no_job_sees_and_whose_memory_is_back(memory: Path, tmp_path: Path):
+    launcher = LocalLauncher(gpus_per_trial=2, num_processes=2)
+    launcher.check()
+    assert launcher.free_devices() == (0, 1)
+    environment = {"TRIAL_TOKEN": "another study's", "CUDA_VISIBLE_DEVICES": "0"}
+    with subprocess.Popen(["/bin/sleep", "600"], env=environment) as job:
+        assert launcher.free_devices() == (1, 2)
+        memory.write_text(memory.read_text().replace("2, 300", "2, 9000"))
+        assert launcher.free_devices() == (1, 3)
+        memory.write_text(memory.read_text().replace("3, 300", "3, 9000"))
+        assert launcher.free_devices() is None
+        job.kill()
+    assert launcher.free_devices() == (0, 1)
+    assert LocalLauncher().free_devices() == ()
+
+
+def test_a_job_sees_the_devices_that_it_was_given(job: Job):
+    environment = LocalLauncher(gpus=(0, 1, 2), gpus_per_trial=1)._environment(replace(job, devices=(2,)))
+    assert environment["CUDA_VISIBLE_DEVICES"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"gpus": (0, 1), "gpus_per_trial": 3}, "expected at most so many"),
+        ({"gpus_per_trial": 1, "num_processes": 2}, "expected at most one a GPU"),
+    ],
+)
+def test_more_than_there_can_be_is_refused(options: dict[str, Any], problem: str):
+    with pytest.raises(ValidationError, match=problem):
+        LocalLauncher.model_validate(options)
+
+
+def test_devices_that_are_not_there_are_refused(memory: Path):
+    with pytest.raises(LaunchError, match="gpus_per_trial: got 5; expected at most as many as nvidia-smi lists, 4"):
+        LocalLauncher(gpus_per_trial=5).check()
