@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Never, Protocol
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from types import FrameType
 
+    from orchestrator.series import Member, Series
     from orchestrator.spec import StudySpec
 
 _WIDTH_OF_FILES = 160
@@ -48,6 +48,8 @@ def add_study(parser: argparse.ArgumentParser) -> None:
         dest="sets",
         help="replace a value of the study, for example trial.seed=1; may be repeated",
     )
+    text = "of a file with several studies, this one: its name, stage or subject; given twice, both must fit"
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help=text)
 
 
 def add_trials(parser: argparse.ArgumentParser) -> None:
@@ -56,25 +58,49 @@ def add_trials(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=int, metavar="N", help=text)
 
 
-def load(options: argparse.Namespace) -> tuple[StudySpec, Callable[[], None]]:
-    """The study that a command was given, and the check of everything the study needs.
+def load(options: argparse.Namespace) -> Series:
+    """The studies that a command was given: one, unless the file has subjects or stages.
 
     Raises:
         ConfigError: What is wrong with the study file, in one line.
     """
-    from orchestrator.spec import load_study
+    from dataclasses import replace
+
+    from orchestrator.complaints import did_you_mean
+    from orchestrator.series import load_series
+    from trainers.errors import ConfigError
 
     sets: list[str] = list(options.sets)
     if getattr(options, "trials", None) is not None:
         sets.append(f"limits.trials={options.trials}")
-    spec, document = load_study(options.study, sets)
+    series = replace(load_series(options.study, sets), only=tuple(options.only))
+    if not series.chosen:
+        known = [name for member in series.members for name in (member.name, member.stage, member.subject) if name]
+        only = " and ".join(options.only)
+        raise ConfigError(
+            f"--only: got {only}; expected a study of {options.study}; {did_you_mean(options.only[0], known)}"
+        )
+    return series
 
-    def check() -> None:
-        from orchestrator import plan
 
-        plan.check(spec, document)
+def check(member: Member) -> StudySpec:
+    """The study, when everything that it needs is there.
 
-    return spec, check
+    Raises:
+        ConfigError: What is wrong, in one line.
+        StorageError: The output cannot be written.
+    """
+    from orchestrator import plan
+
+    spec, document = member.load()
+    plan.check(spec, document)
+    return spec
+
+
+def say_name(series: Series, name: str) -> None:
+    """Head what follows by the study that it is of, where there are several."""
+    if not series.is_single:
+        out.print(name, style="bold")
 
 
 def interrupt(_signal: int, _frame: FrameType | None) -> Never:

@@ -242,6 +242,11 @@ def load_study(path: Path, sets: Iterable[str] = ()) -> tuple[StudySpec, Documen
         ConfigError: What is wrong with it, in one line.
     """
     document = load(path, sets)
+    if several := [key for key in ("foreach", "stages", "from_study") if key in document.tree]:
+        raise ConfigError(
+            f"{document.where((several[0],))}: {several[0]}: got a file of several studies; expected one; name a "
+            "trial's directory, or study.yaml in the folder of one of them"
+        )
     try:
         return StudySpec.model_validate(document.tree), document
     except ValidationError as error:

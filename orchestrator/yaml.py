@@ -19,7 +19,7 @@ Tree = dict[str, Any]
 Location = tuple[str | int, ...]
 
 _ANCHORS = ("./", "../", "~/")
-_SEARCH = "search"
+_SEARCH, _STAGES = "search", "stages"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def load(path: Path, sets: Iterable[str] = ()) -> Document:
     """
     document = _load(Path(ospath.normpath(Path.cwd() / path)), ())
     for assignment in sets:
-        document = _assign(document, assignment)
+        document = assign(document, assignment)
     return document
 
 
@@ -87,14 +87,28 @@ def _load(path: Path, seen: tuple[Path, ...]) -> Document:
         raise ConfigError(f"{name}: extends: forms a cycle: " + " -> ".join(p.name for p in (*seen, path)))
     reader = _Reader(name, path.parent)
     own = reader.read(_text(path, name))
+    stages, origins = own.get(_STAGES), dict[Location, str]()
+    for stage, tree in cast("Tree", stages).items() if isinstance(stages, dict) else ():
+        if isinstance(tree, dict):
+            at = (_STAGES, stage)
+            below = _extended(cast("Tree", tree), at, reader, (*seen, path))
+            own[_STAGES][stage] = merge(below.tree, cast("Tree", tree))
+            origins |= {(*at, *location): origin for location, origin in below.origins.items()}
+    below = _extended(own, (), reader, (*seen, path))
+    return Document(merge(below.tree, own), {**below.origins, **origins, **reader.origins}, name)
+
+
+def _extended(own: Tree, at: Location, reader: "_Reader", seen: tuple[Path, ...]) -> Document:
+    """The files that `own`, at a place of the file last seen, extends; they are removed from it."""
     parents = own.pop("extends", [])
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in cast("list[object]", parents)):
-        raise ConfigError(f"{reader.origins[('extends',)]}: extends: got {parents!r}; expected a list of files")
+        where = (*at, "extends")
+        raise ConfigError(f"{reader.origins[where]}: {_dotted(where)}: got {parents!r}; expected a list of files")
     merged, origins = Tree(), dict[Location, str]()
     for parent in cast("list[str]", parents):
-        below = _load(Path(ospath.normpath(path.parent / Path(parent).expanduser())), (*seen, path))
+        below = _load(Path(ospath.normpath(reader.directory / Path(parent).expanduser())), seen)
         merged, origins = merge(merged, below.tree), {**origins, **below.origins}
-    return Document(merge(merged, own), {**origins, **reader.origins}, name)
+    return Document(merged, origins)
 
 
 def _text(path: Path, name: str) -> str:
@@ -193,7 +207,12 @@ _PASSWORD = re.compile(r"(?<=:)[^:@/\s]+(?=@)|(?<=password=)[^&\s]+")
 """In an address; it was typed, and is not repeated."""
 
 
-def _assign(document: Document, assignment: str) -> Document:
+def assign(document: Document, assignment: str) -> Document:
+    """The document with one `dotted.path=value` applied.
+
+    Raises:
+        ConfigError: It is written in another way.
+    """
     name = f"--set {_PASSWORD.sub('…', assignment)}"
     dotted, separator, text = assignment.partition("=")
     if not separator or not all(dotted.split(".")):
@@ -213,7 +232,7 @@ def _locate(tree: Tree, dotted: str) -> tuple[str, ...]:
     while parts:
         below = cast("Tree", node) if isinstance(node, dict) else {}
         lengths = range(len(parts), 0, -1)
-        default = len(parts) if location == (_SEARCH,) else 1
+        default = len(parts) if location[-1:] == (_SEARCH,) else 1
         length = next((n for n in lengths if ".".join(parts[:n]) in below), default)
         key, parts = ".".join(parts[:length]), parts[length:]
         location, node = (*location, key), below.get(key)

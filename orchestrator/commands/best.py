@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from orchestrator.command import add_study, load, out
+from orchestrator.command import add_study, load, out, say_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,9 +21,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the winner."""
-    spec, _ = load(options)
-    show(spec)
+    """Print the winner of each study, and write the tables and strips of all of them together."""
+    series = load(options)
+    if series.is_single:
+        show(series.members[0].load()[0])
+        return 0
+    from orchestrator.ledger import has_study
+    from orchestrator.summary import write_summary
+
+    for member in series.chosen:
+        spec, _ = member.load()
+        say_name(series, member.name)
+        if has_study(spec):
+            show(spec)
+        else:
+            out.print(f"waits for {member.waits_for}" if member.waits_for else "not started", soft_wrap=True)
+    for file in write_summary(series):
+        out.print(f"written: {file}", soft_wrap=True, markup=False)
     return 0
 
 

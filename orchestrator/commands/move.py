@@ -18,19 +18,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Copy, compare, and put the old file aside."""
+    """Copy, compare, and put the old file aside; of each study that was ever run."""
     from orchestrator.database import check_url
+    from orchestrator.ledger import has_study
     from orchestrator.moving import move_study
     from orchestrator.storage import controller_lock
     from trainers.errors import ConfigError
 
-    spec, _ = load(options)
+    series = load(options)
     try:
         url = check_url(options.to)
     except ValueError as error:
         raise ConfigError(f"--to: {error}") from error
-    with controller_lock(spec.root):
-        count = move_study(spec, url)
-    out.print(f"{count} trials of {spec.name} are moved; from now on, say this in the study file:", soft_wrap=True)
+    for member in series.chosen:
+        spec, _ = member.load()
+        if series.is_single or has_study(spec):
+            with controller_lock(spec.root):
+                count = move_study(spec, url)
+            out.print(f"{count} trials of {spec.name} are moved", soft_wrap=True)
+    out.print("from now on, say this in the study file:")
     out.print(f"storage: {url}", soft_wrap=True, markup=False, highlight=False)
     return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.syntax import Syntax
 from rich.table import Table
 
-from orchestrator.command import add_study, add_trials, load, out
+from orchestrator.command import add_study, add_trials, check, load, out, say_name
 
 if TYPE_CHECKING:
     from orchestrator.plan import Estimate
@@ -25,17 +25,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Show the first trial, the search space and the cost."""
-    spec, check = load(options)
-    check()
+    """Show the first trial, the search space and the cost, of each study if there are several."""
+    series = load(options)
+    specs = [check(member) for member in series.chosen]
+    for member, spec in zip(series.chosen, specs, strict=True):
+        say_name(series, member.name)
+        if member.waits_for:
+            out.print(f"waits for {member.waits_for}: what it takes from there is not known yet", soft_wrap=True)
+        if len(series.chosen) == 1:
+            _show_first(spec)
+        _show(spec)
+    return 0
+
+
+def _show_first(spec: StudySpec) -> None:
     import yaml
 
-    from orchestrator.plan import check_fits, estimate_rest
-
-    needed = estimate_rest(spec)
     frozen = yaml.safe_dump(spec.resolve(spec.defaults()).model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     out.print("first trial, the study's own defaults:", style="bold")
     out.print(Syntax(frozen, "yaml", background_color="default", word_wrap=True))
+
+
+def _show(spec: StudySpec) -> None:
+    from orchestrator.plan import check_fits, estimate_rest
+
+    needed = estimate_rest(spec)
     table = Table(title="search space", title_justify="left")
     for column in ("path", "kind", "values", "first trial"):
         table.add_column(column)
@@ -46,7 +60,6 @@ def run(options: argparse.Namespace) -> int:
     out.print(table)
     _print_estimate(spec, needed)
     check_fits(spec, needed)
-    return 0
 
 
 def _maximised(spec: StudySpec) -> str:

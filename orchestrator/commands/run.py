@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 
 from rich.logging import RichHandler
 
-from orchestrator.command import add_study, add_trials, err, interrupt, load
+from orchestrator.command import add_study, add_trials, check, err, interrupt, load, out, say_name
 from orchestrator.commands import best
+from trainers.errors import ConfigError, ProjectError
 
 if TYPE_CHECKING:
     import optuna
 
+    from orchestrator.series import Member, Series
     from orchestrator.spec import StudySpec
+    from orchestrator.tracker import TrialView
 
 TEXT = "Run a study to its end, or go on with it."
 
@@ -27,30 +30,81 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Ask, train, score and tell until the study is finished, then compare the winner."""
-    spec, check = load(options)
-    check()
+    """Ask, train, score and tell until the study is finished, then compare the winner; of each study in turn."""
+    series = load(options)
+    for member in series.chosen:
+        check(member)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
+    signal.signal(signal.SIGTERM, interrupt)
+    if series.is_single:
+        _run(series.members[0])
+    else:
+        _run_all(series)
+    return 0
+
+
+def _run_all(series: Series) -> None:
+    """One study after the other; one that cannot end does not keep those from running that need nothing of it.
+
+    Raises:
+        StudyStoppedError: Some have not ended.
+    """
+    from orchestrator.controller import StudyStoppedError
+    from orchestrator.storage import controller_lock
+    from orchestrator.summary import write_summary
+
+    failed: dict[str, ProjectError] = {}
+    with controller_lock(series.root):
+        for member in series.chosen:
+            say_name(series, member.name)
+            try:
+                _run(member)
+            except ProjectError as error:
+                failed[member.name] = error
+                err.print(f"{member.name}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        for file in write_summary(series):
+            out.print(f"written: {file}", soft_wrap=True, markup=False)
+    if failed:
+        name, error = next(iter(failed.items()))
+        raise StudyStoppedError(
+            f"{series.root}: got {len(failed)} of {len(series.chosen)} studies that have not ended, the first of them "
+            f"{name}: {error}"
+        )
+
+
+def _run(member: Member) -> None:
     from orchestrator.plan import check_fits, estimate_rest
     from orchestrator.storage import controller_lock, open_study, told
 
-    signal.signal(signal.SIGTERM, interrupt)
+    if member.waits_for:
+        raise ConfigError(f"{member.name}: waits for {member.waits_for}, which has not ended; run it first")
+    spec = check(member)  # again: with what it takes from a study that has ended by now
     with told(spec.root), controller_lock(spec.root):
         study = open_study(spec)
         check_fits(spec, estimate_rest(spec))
         _control(spec, study)
-        if spec.confirm_seeds:
-            _confirm(spec, study)
+        _hand_on(spec, study)
     best.show(spec)
-    return 0
 
 
-def _confirm(spec: StudySpec, study: optuna.Study) -> None:
-    from orchestrator.confirm import Contest, confirm
+def _hand_on(spec: StudySpec, study: optuna.Study) -> None:
+    """Judge the winner once more, and say for other studies what it is; several values have a front, and no winner."""
+    if len(spec.objective.names) > 1:
+        return
+    from orchestrator.series import Winner, write_winner
     from orchestrator.tables import best_trial
     from orchestrator.views import trial_views
 
-    winner, _ = best_trial(spec, trial_views(spec, study))
+    winner, value = best_trial(spec, trial_views(spec, study))
+    if spec.confirm_seeds:
+        _confirm(spec, winner)
+    found = Winner(study=spec.name, trial=winner.number, value=value, params=dict(winner.params))
+    write_winner(spec.root, found)
+
+
+def _confirm(spec: StudySpec, winner: TrialView) -> None:
+    from orchestrator.confirm import Contest, confirm
+
     err.print(f"comparing trial {winner.number} with base and defaults on {spec.confirm_seeds} fresh seeds a prompt")
     confirm(Contest(spec, winner.number))
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from orchestrator.command import add_study, load, out
+
+if TYPE_CHECKING:
+    from orchestrator.spec import StudySpec
 
 TEXT = "Show every trial: state, parameters, scores, duration, reason of failure."
 
@@ -15,8 +19,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the table."""
-    spec, _ = load(options)
+    """Print the table of each study."""
+    series = load(options)
+    from orchestrator.ledger import has_study
+
+    for member in series.chosen:
+        spec, _ = member.load()
+        if series.is_single or has_study(spec):
+            _show(spec)
+        else:
+            why = f"waits for {member.waits_for}" if member.waits_for else "not started"
+            out.print(f"{member.name}: {why}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _show(spec: StudySpec) -> None:
     from orchestrator.budget import reached, read_usage
     from orchestrator.ledger import read_trials
     from orchestrator.panels import NOTES_FILE
@@ -32,4 +49,3 @@ def run(options: argparse.Namespace) -> int:
         out.print(line, soft_wrap=True, markup=False, highlight=False)
     if (notes := spec.root / NOTES_FILE).exists():
         out.print(notes.read_text(encoding="utf-8").rstrip(), soft_wrap=True, markup=False)
-    return 0

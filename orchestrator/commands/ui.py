@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Serve until Ctrl-C."""
-    spec, _ = load(options)
+    """Serve until Ctrl-C; several studies of a file are in one store, which opens with the first of them."""
+    spec, _ = load(options).chosen[0].load()
     spec.tracker.serve(spec.name, spec.root, options.port, lambda line: out.print(line, soft_wrap=True))
     return 0

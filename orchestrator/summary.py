@@ -1,0 +1,144 @@
+"""Several studies on one page: a table of their winners, and what they drew along the number that was searched."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from orchestrator.confirm import Contest, read_confirmation
+from orchestrator.front import feasible
+from orchestrator.ledger import has_study, read_trials
+from orchestrator.search import FloatParameter
+from orchestrator.tables import read_result, short_names
+from trainers.rundir import write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from orchestrator.series import Member, Series
+    from orchestrator.spec import StudySpec
+    from orchestrator.tracker import TrialView
+
+BEST = "best"
+"""Label of a strip's last column."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A study that has scored trials."""
+
+    label: str
+    """The subject, or the study's name."""
+    spec: StudySpec
+    scored: Sequence[TrialView]
+    winner: TrialView
+    value: float
+
+
+def write_summary(series: Series) -> list[Path]:
+    """A table and, where a number was searched, a strip of pictures for each stage, in the series' folder.
+
+    Studies that have no winner (yet, or because their objective has several values) are left out.
+
+    Returns:
+        The files.
+    """
+    stages: dict[str, list[Found]] = {}
+    for member in series.members:
+        if (found := _find(member)) is not None:
+            stages.setdefault(member.stage, []).append(found)
+    written: list[Path] = []
+    for stage, group in stages.items():
+        ending = f"-{stage}" if stage else ""
+        table = series.root / f"summary{ending}.csv"
+        write_atomically(table, _table(group))
+        written.append(table)
+        if pictures := strip(group):
+            from evaluation.grid import draw_grid
+
+            picture = series.root / f"strip{ending}.png"
+            temporary = picture.with_name(f".{picture.name}")
+            draw_grid(pictures).save(temporary, format="PNG")
+            temporary.replace(picture)
+            written.append(picture)
+    return written
+
+
+def _find(member: Member) -> Found | None:
+    spec, _ = member.load()
+    if not has_study(spec) or len(spec.objective.names) > 1:
+        return None
+    allowed = feasible(trials := read_trials(spec))
+    if not allowed:
+        return None
+    (value, *_), winner = allowed[0]
+    scored = [trial for trial in trials if trial.state == "COMPLETE"]
+    return Found(member.subject or member.name, spec, scored, winner, value)
+
+
+def _table(group: Sequence[Found]) -> str:
+    rows = [dict(_row(found)) for found in group]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _row(found: Found) -> Iterator[tuple[str, object]]:
+    yield from {"subject": found.label, "study": found.spec.name, "num_trials": len(found.scored)}.items()
+    yield from {"winner": found.winner.number, "value": found.value}.items()
+    paths = list(found.spec.search)
+    for path, name in zip(paths, short_names(paths), strict=True):
+        yield name, found.winner.params[path]
+    result = read_result(found.winner.run)
+    for name, score in (result.scores if result else {}).items():
+        yield name, score.mean
+        yield f"{name} standard error", score.standard_error
+    confirmation = read_confirmation(Contest(found.spec, found.winner.number))
+    for name, gain in (confirmation.advantages if confirmation else {}).items():
+        yield from {f"gain over {name}": gain.mean, f"{name} low": gain.low, f"{name} high": gain.high}.items()
+
+
+def strip(group: Sequence[Found]) -> Mapping[tuple[str, str], Path]:
+    """Picture files by row and column: the searched number across, subjects down, each study's best at the end.
+
+    A row has the first prompt's first picture. Where rows have been judged at different places, the columns are the
+    places that all of them have in common.
+    """
+    rows: dict[str, dict[float, TrialView]] = {}
+    best: dict[str, TrialView] = {}
+    for found in group:
+        for label, places in _rows(found).items():
+            rows[label] = places
+            best[label] = max(places.values(), key=lambda trial: (trial.values or [0.0])[0])
+    if not rows:
+        return {}
+    first, *others = rows.values()
+    common = sorted(x for x in first if all(x in places for places in others))
+    pictures: dict[tuple[str, str], Path] = {}
+    for label, places in rows.items():
+        chosen = {f"{x:.3g}": places[x] for x in common} | {BEST: best[label]}
+        for column, trial in chosen.items():
+            if (file := next(iter(sorted(trial.run.samples.glob("0000_*.png"))), None)) is not None:
+                pictures[label, column] = file
+    return pictures
+
+
+def _rows(found: Found) -> dict[str, dict[float, TrialView]]:
+    """A study's trials along its continuous number, for each value of what else it searches."""
+    line = next(
+        (path for path, one in found.spec.search.items() if isinstance(one, FloatParameter) and not one.step), None
+    )
+    if line is None:
+        return {}
+    others = [path for path in found.spec.search if path != line]
+    rows: dict[str, dict[float, TrialView]] = {}
+    for trial in found.scored:
+        rest = ", ".join(f"{name} {trial.params[path]}" for path, name in zip(others, short_names(others), strict=True))
+        rows.setdefault(f"{found.label} {rest}".strip(), {})[trial.params[line]] = trial
+    return rows
