@@ -47,6 +47,11 @@ class TrialSpec(Config):
     @model_validator(mode="after")
     def _guidance_finds_its_versions(self) -> Self:
         self.train.check_guidance(self.evaluate.guidance, finished=self.adapter is not None)
+        if self.report and self.adapter is None and self.evaluate.guidance.needs_weak:
+            raise ValueError(
+                "evaluate.guidance.weak is checkpoint, which does not exist while training goes on, and report draws "
+                "then; set it to base, or report to null"
+            )
         return self
 
 

@@ -136,8 +136,8 @@ class Model(ABC):
             )
         if self.lineage and self.lineage.whole:
             raise ModelError(
-                "guidance leads away from the base, and weights of the base itself were trained; expected adapters: "
-                "set guidance to kind cfg"
+                f"guidance leads away from the base, and {type(self).__name__} has no way back to it from "
+                f"{' and '.join(self.lineage.whole)}, whose every weight was trained; set guidance to kind cfg"
             )
         return _Scaled(self)
 
@@ -217,7 +217,13 @@ class Backbone(Model):
     @property
     @override
     def text_is_adapted(self) -> bool:
-        return any(hasattr(encoder, "peft_config") for encoder in self.text_encoders)
+        whole = self.lineage.whole if self.lineage else ()
+        trained = any(self.networks[name] is not self.denoiser for name in whole)
+        return trained or any(hasattr(encoder, "peft_config") for encoder in self.text_encoders)
+
+    @abstractmethod
+    def untrained(self, name: str) -> nn.Module:
+        """One of `networks` once more, on the CPU and as it was before it was trained."""
 
     @abstractmethod
     def encode_image(self, pixels: Float[Tensor, "1 3 h w"]) -> Moments:
@@ -257,6 +263,8 @@ class Backbone(Model):
 class BackboneConfig(Choice):
     """Where a pretrained model is, and how to load it."""
 
+    denoiser_name: ClassVar[str]
+    """The denoiser's name in the model's folder and in `Backbone.networks`."""
     lora_targets: ClassVar[tuple[str, ...]]
     """The denoiser's layers that adapters are added to."""
     trains_text: ClassVar[bool] = True

@@ -156,6 +156,8 @@ class MethodConfig(Choice):
                 "samples.guidance.weak is checkpoint, which does not exist while training goes on; set it to base, or "
                 "samples.guidance to kind cfg"
             )
+        if self.samples:
+            self.check_guidance(self.samples.guidance)
         return self
 
     @property
@@ -169,9 +171,18 @@ class MethodConfig(Choice):
         return 1 + self.has_weak + (self.snapshots.count(self.steps) if self.snapshots else 0)
 
     @property
-    def trains_whole(self) -> bool:
-        """Whether weights of the base itself are trained, so that an adapter's scale does not lead back to it."""
+    def without_weak(self) -> str | None:
+        """What of this training cannot be drawn with beside a weak version of itself, in words; None is nothing."""
+        return None
+
+    @property
+    def loses_base(self) -> bool:
+        """Whether nothing leads back from what is trained to the base."""
         return False
+
+    def whole_networks(self) -> tuple[str, ...]:
+        """Networks whose every weight is trained, by the name that `Backbone.networks` gives them."""
+        return ()
 
     def check_guidance(self, guidance: Guidance, *, finished: bool = False) -> None:
         """Refuse guidance by a version of the model that training does not leave behind.
@@ -189,7 +200,12 @@ class MethodConfig(Choice):
                 "guidance.weak is checkpoint, and training exports no weak version; set train.weak_fraction, for "
                 "example 0.3, or guidance.weak: base"
             )
-        if self.trains_whole and versions != {TRAINED}:
+        if guidance.needs_weak and self.without_weak:
+            raise ValueError(
+                f"guidance.weak is checkpoint with {self.without_weak}, whose weak version cannot be drawn with; set "
+                "guidance.weak: base"
+            )
+        if self.loses_base and versions != {TRAINED}:
             raise ValueError(
                 "guidance calls upon another version of the model, and weights of the base itself are trained; "
                 "expected adapters alone, or guidance of kind cfg"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch import nn
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Device = Annotated[str, Field(pattern=r"^(cpu|mps|(cuda|xpu)(:\d+)?)$")]
@@ -31,7 +32,6 @@ class PretrainedConfig(BackboneConfig):
     """A local folder as `save_pretrained` of a diffusers pipeline writes it; components may come from elsewhere."""
 
     denoiser_name: ClassVar[str] = "unet"
-    """The denoiser's name in the folder."""
     component_classes: ClassVar[Mapping[str, str]] = {}
     """diffusers' class of components that come in several."""
 
@@ -191,6 +191,12 @@ class PretrainedConfig(BackboneConfig):
             use_safetensors=True,
         )
         return model.requires_grad_(False).eval().to(device)
+
+    def load_again(self, network: nn.Module, component: str) -> nn.Module:
+        """A component as the folder has it, on the CPU and in the precision of `network`, which it became."""
+        import torch
+
+        return self.load_network(type(network), component, next(network.parameters()).dtype, torch.device("cpu"))
 
     def _check_network(self, component: str) -> None:
         found, expected = self.component_config(component).get("_class_name"), self.component_classes.get(component)

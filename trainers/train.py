@@ -67,11 +67,12 @@ def train(
     if main:
         unreadable = [str(path) for path in method.unreadable]
         run.append("data", train=len(method.examples), held_out=len(method.held_out), unreadable=unreadable)
+    # Also pictures of a model in training may be led away from its base.
+    method.model.lineage = Lineage(run.adapter, config.whole_networks())
     with _Stage("train", run if main else None, seconds):
         fit(method, config, run, accelerator, watch)
         if main:
             method.export(run.adapter)
-        method.model.lineage = Lineage(run.adapter, config.trains_whole)
         accelerator.wait_for_everyone()
     return TrainResult(method, seconds, peak_bytes(accelerator.device))
 

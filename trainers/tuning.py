@@ -22,13 +22,13 @@ from trainers.errors import ModelError
 from trainers.finished import check_finished
 from trainers.method import MethodConfig, Trained
 from trainers.version import Lineage
+from trainers.whole import read_network
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from accelerate import Accelerator
-    from torch import nn
 
     from trainers.backbone import Backbone, Model
 
@@ -63,8 +63,13 @@ class TunedConfig(MethodConfig):
 
     @property
     @override
-    def trains_whole(self) -> bool:
-        return self.lora is None or self.train_text_encoders
+    def without_weak(self) -> str | None:
+        return "DoRA" if any(lora and lora.dora for lora in (self.lora, self.text_encoder_lora)) else None
+
+    @override
+    def whole_networks(self) -> tuple[str, ...]:
+        encoders = tuple(self.backbone.text_layers) if self.train_text_encoders else ()
+        return (self.backbone.denoiser_name, *encoders) if self.lora is None else encoders
 
     @override
     def num_trainable(self) -> int:
@@ -73,8 +78,7 @@ class TunedConfig(MethodConfig):
     def num_in_denoiser(self) -> int:
         """How many numbers of the denoiser, or of its adapter, are trained."""
         shapes = self.backbone.weight_shapes()
-        denoiser = next(name for name in shapes if name != "vae")
-        return _count(shapes[denoiser], self.lora, self.backbone.lora_targets)
+        return _count(shapes[self.backbone.denoiser_name], self.lora, self.backbone.lora_targets)
 
     def num_in_text_encoders(self) -> int:
         """How many numbers of the text encoders, or of their adapters, are trained."""
@@ -97,7 +101,7 @@ class TunedConfig(MethodConfig):
         backbone = self.backbone.load(accelerator.device, self.frozen_dtype())
         if folder is not None:
             load(backbone, folder)
-        backbone.lineage = Lineage(folder, self.trains_whole)
+        backbone.lineage = Lineage(folder, self.whole_networks())
         return backbone
 
 
@@ -157,21 +161,9 @@ def load(backbone: Backbone, folder: Path) -> None:
             f"{folder}: neither {LORA_FILE} nor a network's folder; expected the adapter of a finished trial"
         )
     for name in whole:
-        _load_network(backbone.networks[name], folder / name)
+        backbone.networks[name].load_state_dict(read_network(backbone.networks[name], folder / name))
     if (folder / LORA_FILE).is_file():
         load_lora(folder, backbone.pipeline, backbone.networks)
-
-
-def _load_network(network: nn.Module, folder: Path) -> None:
-    """Copy the weights that `save_pretrained` wrote; its own reader knows which names it has changed."""
-    cls = cast("Any", type(network))
-    try:
-        state = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True).state_dict()
-        network.load_state_dict(state)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"{folder}: not the weights of this model's {cls.__name__}; expected those of a trial of the same model"
-        ) from error
 
 
 def _used(names: Collection[str], layers: int) -> list[str]:

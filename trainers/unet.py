@@ -217,9 +217,13 @@ class UnetBackbone(Backbone):
 
     @override
     def versions(self, wanted: Sequence[Version]) -> Versions:
-        from trainers.adapters.rows import adapted_rows
+        from trainers.whole import own_versions
 
-        return adapted_rows(self, wanted) or super().versions(wanted)
+        return own_versions(self, wanted) or super().versions(wanted)
+
+    @override
+    def untrained(self, name: str) -> nn.Module:
+        return self.config.load_again(self.networks[name], name)
 
     @override
     @contextmanager

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trainers.errors import ModelError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
@@ -31,8 +33,22 @@ class Lineage:
 
     folder: Path | None
     """What was trained lies there, and its weak version in `weak/`; None if nothing was: all versions are alike."""
-    whole: bool = False
-    """Whether weights of the base itself were trained, so that an adapter's scale does not lead back to it."""
+    whole: tuple[str, ...] = ()
+    """Networks whose every weight was trained, so that an adapter's scale does not lead back to the base."""
+
+    def weak(self) -> Path:
+        """Where the weak version lies.
+
+        Raises:
+            ModelError: Nowhere.
+        """
+        folder = self.folder / "weak" if self.folder else None
+        if folder is None or not folder.is_dir():
+            raise ModelError(
+                f"{folder}: no such folder; expected the weak version of what was trained: train with weak_fraction, "
+                "or set guidance.weak: base"
+            )
+        return folder
 
 
 class Versions(ABC):

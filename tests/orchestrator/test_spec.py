@@ -63,6 +63,13 @@ def test_corners_are_also_tried_together(tmp_path: Path):
         load(tmp_path, *sets, *both)
 
 
+def test_a_weak_version_cannot_be_drawn_with_while_it_is_trained(tmp_path: Path):
+    sets = ("trial.train.weak_fraction=0.5", "trial.evaluate.guidance={kind: autoguidance}")
+    load(tmp_path, *sets)
+    with pytest.raises(ConfigError, match=r"does not exist while training goes on.*report to null"):
+        load(tmp_path, *sets, "trial.report={every: 10}")
+
+
 def test_a_study_survives_being_written_and_read(tmp_path: Path):
     spec = load(tmp_path, "search.train.steps={kind: int, low: 100, high: 300, step: 100}")
     assert StudySpec.model_validate(spec.model_dump(mode="json")) == spec

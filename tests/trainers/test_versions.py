@@ -14,7 +14,7 @@ from trainers.backbones.sdxl import SdxlConfig
 from trainers.errors import ModelError
 from trainers.guidance import AutoGuidance, ClassifierFree, Interval, SamplingConfig, WeightInterpolated
 from trainers.prompt import Prompt, Request
-from trainers.sampling import generate
+from trainers.sampling import generate, noise_rng
 from trainers.version import BASE, TRAINED, WEAK, Lineage, Version
 
 CPU = torch.device("cpu")
@@ -34,7 +34,8 @@ def loaded(request, tmp_path_factory):
     config = cls(path=build(tmp_path_factory.mktemp("models") / request.param), **options)
     model = adapted(config, 0)
     folder = tmp_path_factory.mktemp("adapter")
-    save_lora(folder / "weak", model.pipeline, {next(iter(model.networks)): adapted(config, 1).denoiser})
+    for seed, place in enumerate((folder, folder / "weak")):
+        save_lora(place, model.pipeline, {next(iter(model.networks)): adapted(config, seed).denoiser})
     model.lineage = Lineage(folder)
     return model, config
 
@@ -102,7 +103,7 @@ class Counting:
     """A model that keeps what it was called with."""
 
     def __init__(self, model):
-        self._model, self.rows = model, []
+        self._model, self.rows, self.latents = model, [], []
 
     def __getattr__(self, name):
         return getattr(self._model, name)
@@ -110,6 +111,115 @@ class Counting:
     def denoise(self, x_t, t, condition):
         self.rows.append(len(x_t))
         return self._model.denoise(x_t, t, condition)
+
+    def decode(self, latents):
+        self.latents.append(latents)
+        return self._model.decode(latents)
+
+
+def latents(model, guidance, **changes):
+    """What is decoded in the end."""
+    pictures(counting := Counting(model), guidance, **changes)
+    return torch.cat(counting.latents)
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+STOCK = {
+    "sd": {"safety_checker": None, "requires_safety_checker": False},
+    "sdxl": {"add_watermarker": False},
+    "sana": {},
+}
+CALLED = {
+    "sd": {},
+    "sdxl": {},
+    "sana": {
+        "complex_human_instruction": INSTRUCTION.split("\n"),
+        "max_sequence_length": 24,
+        "use_resolution_binning": False,
+    },
+}
+
+
+def test_classifier_free_guidance_of_an_adapter_is_the_stock_pipelines(loaded):
+    model, config = loaded
+    kind = config.kind
+    pipeline = model.pipeline.from_pretrained(config.path, local_files_only=True, **STOCK[kind])
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(model.lineage.folder)
+    pipeline.scheduler = model.sampling_scheduler("euler")
+    shape = model.latent_shape(64, 64)
+    theirs = pipeline(
+        [str(request.prompt) for request in REQUESTS], num_inference_steps=4, guidance_scale=4.0, height=64, width=64,
+        latents=torch.stack([torch.randn(shape, generator=noise_rng(request)) for request in REQUESTS]),
+        output_type="latent", **CALLED[kind],
+    ).images  # fmt: skip
+    assert_same(latents(model, ClassifierFree(scale=4.0)), theirs)
+
+
+def wig(call, scale):
+    return call("between", None) + scale * (call("trained", "prompt") - call("between", None))
+
+
+def cfg(call, scale, version="trained"):
+    return call(version, None) + scale * (call(version, "prompt") - call(version, None))
+
+
+BY_HAND = {
+    "cfg below zero": (ClassifierFree(scale=-2.0), lambda call, _: cfg(call, -2.0)),
+    "wig": (WeightInterpolated(scale=3.0, omega=0.3), lambda call, _: wig(call, 3.0)),
+    "wig at zero": (WeightInterpolated(scale=0.0, omega=0.3), lambda call, _: call("between", None)),
+    "wig below zero": (WeightInterpolated(scale=-2.0, omega=0.3), lambda call, _: wig(call, -2.0)),
+    "wig within an interval": (
+        WeightInterpolated(scale=3.0, omega=0.3, interval=Interval(start=0.2, end=0.6)),
+        lambda call, left: wig(call, 3.0) if 0.2 <= 1 - left < 0.6 else call("trained", "prompt"),
+    ),
+    "autoguidance": (
+        AutoGuidance(scale=1.5, cfg_scale=3.0),
+        lambda call, _: cfg(call, 3.0, "weak") + 1.5 * (cfg(call, 3.0) - cfg(call, 3.0, "weak")),
+    ),
+    "autoguidance at zero": (AutoGuidance(scale=0.0, cfg_scale=3.0), lambda call, _: cfg(call, 3.0, "weak")),
+    "autoguidance below zero, from the base": (
+        AutoGuidance(scale=-1.0, cfg_scale=3.0, weak="base"),
+        lambda call, _: 2 * cfg(call, 3.0, "base") - cfg(call, 3.0),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def apart(loaded):
+    """A model of its own for every version, without adapters."""
+    versions = {"trained": (0, 1.0), "weak": (1, 1.0), "base": (0, 0.0), "between": (0, 0.3)}
+    return {name: merged(loaded[1], *version) for name, version in versions.items()}
+
+
+@torch.no_grad()
+def drawn_by_hand(models, combine):
+    """One picture at a time, one prediction a call; `combine` is told what share of the timesteps is left."""
+    found, model = [], models["trained"]
+    for request in REQUESTS:
+        told = {None: None, "prompt": request.prompt}
+        conditions = {key: model.prepare([prompt], 64, 64) for key, prompt in told.items()}
+        scheduler = model.sampling_scheduler("euler")
+        scheduler.set_timesteps(4)
+        x = torch.randn(1, *model.latent_shape(64, 64), generator=noise_rng(request)) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            x_t = scheduler.scale_model_input(x, t)
+
+            def call(version, key, x_t=x_t, t=t, conditions=conditions):
+                return models[version].denoise(x_t, t[None], conditions[key])
+
+            x = scheduler.step(combine(call, (float(t) + 1) / 1000), t, x, return_dict=False)[0]
+        found.append(x)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_a_batch_is_what_separate_calls_of_separate_models_draw_by_the_formula(loaded, apart, case):
+    guidance, combine = BY_HAND[case]
+    assert_same(latents(loaded[0], guidance), drawn_by_hand(apart, combine))
 
 
 @pytest.mark.parametrize(
@@ -130,32 +240,28 @@ def test_a_step_is_one_call_of_the_rows_that_count(loaded, guidance, rows):
     assert counting.rows == rows
 
 
-def levels_apart(a, b):
-    return int(np.abs(a - b).max())
-
-
 def test_limits_of_guidance_are_one_another(loaded):
     model, _ = loaded
-    plain = pictures(model, ClassifierFree(scale=1.0))
-    assert levels_apart(pictures(model, WeightInterpolated(scale=1.0, omega=0.4)), plain) <= 1
-    assert levels_apart(pictures(model, AutoGuidance(scale=1.0, cfg_scale=1.0)), plain) <= 1
-    guided = pictures(model, ClassifierFree(scale=4.0))
-    assert levels_apart(pictures(model, WeightInterpolated(scale=4.0, omega=1.0)), guided) <= 1
-    assert levels_apart(pictures(model, AutoGuidance(scale=1.0, cfg_scale=4.0)), guided) <= 1
+    plain = latents(model, ClassifierFree(scale=1.0))
+    assert_same(latents(model, WeightInterpolated(scale=1.0, omega=0.4)), plain)
+    assert_same(latents(model, AutoGuidance(scale=1.0, cfg_scale=1.0)), plain)
+    guided = latents(model, ClassifierFree(scale=4.0))
+    assert_same(latents(model, WeightInterpolated(scale=4.0, omega=1.0)), guided)
+    assert_same(latents(model, AutoGuidance(scale=1.0, cfg_scale=4.0)), guided)
 
 
 @pytest.mark.parametrize("guidance", [WeightInterpolated(omega=0.3), AutoGuidance()], ids=lambda one: one.kind)
 def test_one_prompt_and_seed_give_one_picture_at_any_batch_size(loaded, guidance):
-    together, alone = (pictures(loaded[0], guidance, batch_size=size) for size in (2, 1))
-    assert levels_apart(together, alone) <= 1
+    together, alone = (latents(loaded[0], guidance, batch_size=size) for size in (2, 1))
+    assert_same(together, alone)
 
 
 def test_versions_of_a_model_that_was_not_trained_are_one(loaded):
     base = loaded[1].load(CPU, torch.float32)
     base.lineage = Lineage(None)
-    expected = pictures(base, ClassifierFree(scale=4.0))
-    assert levels_apart(pictures(base, AutoGuidance(scale=3.0, cfg_scale=4.0)), expected) <= 1
-    assert levels_apart(pictures(base, WeightInterpolated(scale=4.0)), expected) <= 1
+    expected = latents(base, ClassifierFree(scale=4.0))
+    assert_same(latents(base, AutoGuidance(scale=3.0, cfg_scale=4.0)), expected)
+    assert_same(latents(base, WeightInterpolated(scale=4.0)), expected)
 
 
 def test_a_missing_weak_version_is_known_before_anything_is_drawn(loaded, tmp_path):
@@ -170,14 +276,7 @@ def test_a_missing_weak_version_is_known_before_anything_is_drawn(loaded, tmp_pa
 def test_doras_versions_take_turns(loaded):
     dora = adapted(loaded[1], 0, dora=True)
     counting = Counting(dora)
-    guided = pictures(counting, WeightInterpolated(scale=3.0, omega=1.0))
-    assert levels_apart(guided, pictures(dora, ClassifierFree(scale=3.0))) <= 1
+    guided = latents(counting, WeightInterpolated(scale=3.0, omega=1.0))
+    assert_same(guided, latents(dora, ClassifierFree(scale=3.0)))
     pictures(counting := Counting(dora), WeightInterpolated(scale=3.0, omega=0.5))
     assert counting.rows == [2, 2] * 4
-
-
-def test_weights_of_the_base_itself_have_no_way_back(loaded):
-    whole = loaded[1].load(CPU, torch.float32)
-    whole.lineage = Lineage(loaded[0].lineage.folder, whole=True)
-    with pytest.raises(ModelError, match="weights of the base itself were trained"):
-        pictures(whole, WeightInterpolated())

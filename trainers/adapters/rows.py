@@ -37,13 +37,13 @@ def adapted_rows(model: Backbone, wanted: Sequence[Version]) -> AdaptedRows | No
     Raises:
         ModelError: A weak version is wanted and is not there.
     """
-    if (model.lineage and model.lineage.whole) or not stacks(model.networks):
+    if not stacks(model.networks):
         return None
     if not any(version.weak for version in wanted):
         return AdaptedRows(model.networks)
-    if model.lineage is None or model.lineage.folder is None:
+    if model.lineage is None:
         raise ModelError("guidance.weak: checkpoint with a model of unknown origin; expected a trial's adapter folder")
-    return AdaptedRows(model.networks, read_weak(model.lineage.folder / "weak", model.pipeline, model.networks))
+    return AdaptedRows(model.networks, read_weak(model.lineage.weak(), model.pipeline, model.networks))
 
 
 class AdaptedRows(Versions):
@@ -111,16 +111,11 @@ def read_weak(folder: Path, pipeline: Any, networks: Mapping[str, nn.Module]) ->
         networks: The trained networks, by pipeline component.
 
     Raises:
-        ModelError: There is no adapter, or one of other layers or ranks.
+        ModelError: The adapter is one of other layers or ranks.
     """
-    if not folder.is_dir():
-        raise ModelError(
-            f"{folder}: no such folder; expected the weak version of an adapter: train with weak_fraction, or set "
-            "guidance.weak: base"
-        )
     unet = {"unet_config": cast("Any", networks["unet"]).config} if "unet" in networks else {}
     state = pipeline.lora_state_dict(folder, return_lora_metadata=True, **unet)[0]
-    state = {key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): state[key] for key in state}
+    state = {_peft_name(key): value for key, value in state.items()}
     expected = {
         f"{component}.{name}.{key}.weight": module[_NAME].weight.shape
         for component, network in networks.items()
@@ -130,6 +125,14 @@ def read_weak(folder: Path, pipeline: Any, networks: Mapping[str, nn.Module]) ->
     if {name: value.shape for name, value in state.items()} != expected:
         raise ModelError(f"{folder}: other layers or another rank than the adapter beside it; expected an earlier step")
     return state
+
+
+def _peft_name(key: str) -> str:
+    """A tensor's name as PEFT has it; diffusers writes denoisers' in one way and text encoders' in another."""
+    names = {".lora_linear_layer.": ".lora.", ".lora.down.": ".lora_A.", ".lora.up.": ".lora_B."}
+    for theirs, peft in names.items():
+        key = key.replace(theirs, peft)
+    return key
 
 
 def lora_layers(network: nn.Module) -> dict[str, Any]:

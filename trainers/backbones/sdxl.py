@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import torch
     from jaxtyping import Float, Int
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from trainers.batch import Geometry
     from trainers.prompt import Prompt
@@ -144,6 +144,7 @@ class SdxlConfig(UnetConfig):
 class Sdxl(UnetBackbone):
     """SDXL's UNet, autoencoder and two text encoders; the refiner listens to the second alone."""
 
+    config: SdxlConfig
     text_classes: ClassVar = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 
     def __init__(self, config: SdxlConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -152,8 +153,19 @@ class Sdxl(UnetBackbone):
         super().__init__(config, device, dtype)
         self.pipeline = diffusers.StableDiffusionXLPipeline  # pyright: ignore[reportPrivateImportUsage]
         self._zeros_for_null, self._refines = config.zeros_for_null, config.stage == "refiner"
-        if config.text_encoder_2_adapter:
-            merge_text_lora(self.text_encoders[-1], config.text_encoder_2_adapter, self.pipeline, "text_encoder_2")
+        self._merge(self.text_encoders[-1])
+
+    def _merge(self, encoder: nn.Module) -> None:
+        """Let a refiner's text encoder hear what a base's adapter learned."""
+        if self.config.text_encoder_2_adapter:
+            merge_text_lora(encoder, self.config.text_encoder_2_adapter, self.pipeline, "text_encoder_2")
+
+    @override
+    def untrained(self, name: str) -> nn.Module:
+        network = super().untrained(name)
+        if name == "text_encoder_2":
+            self._merge(network)
+        return network
 
     @override
     def embed(self, prompts: list[str | None]) -> TextEmbeddings:
@@ -184,16 +196,14 @@ class SdxlAfterBase(Sdxl):
     Trained and judged by its loss it is the refiner alone; the base is loaded when the first pictures are drawn.
     """
 
-    config: SdxlConfig
-
     @cached_property
     def base(self) -> Sdxl:
         """The base that begins pictures, frozen."""
         config, adapter = self.config.base, self.config.base_adapter
         base = Sdxl(config, self.device, self.dtype)
-        # One copy of what both have; a text encoder with an adapter is no longer the one that the folder has.
+        # One copy of what both have; a text encoder that was trained is no longer the one that the folder has.
         base.vae = self.vae
-        adapted = self.config.text_encoder_2_adapter or hasattr(self.text_encoders[0], "peft_config")
+        adapted = self.config.text_encoder_2_adapter or self.text_is_adapted
         if adapter:
             load_lora(adapter, base.pipeline, base.networks)
         elif not adapted:

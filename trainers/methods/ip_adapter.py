@@ -63,8 +63,17 @@ class IpAdapterConfig(TunedConfig):
 
     @property
     @override
-    def trains_whole(self) -> bool:
+    def without_weak(self) -> str | None:
+        return "an IP-Adapter"
+
+    @property
+    @override
+    def loses_base(self) -> bool:
         return (self.train_unet and self.lora is None) or self.train_text_encoders
+
+    @override
+    def whole_networks(self) -> tuple[str, ...]:
+        return tuple(name for name in super().whole_networks() if self.train_unet or name != "unet")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

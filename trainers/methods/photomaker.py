@@ -69,6 +69,11 @@ class PhotoMakerConfig(TunedConfig):
     draw_on: SdxlConfig | None = None
     """Another base to draw pictures on, with what was trained on `backbone`; null is `backbone`."""
 
+    @property
+    @override
+    def without_weak(self) -> str | None:
+        return "PhotoMaker"
+
     @model_validator(mode="after")
     def _only_adapters(self) -> Self:
         if self.lora is None or not self.text_is_frozen:

@@ -17,6 +17,7 @@ from tests.trainers.photomakers import (  # noqa: F401, fixtures among them
     tensor,
 )
 from trainers.errors import ModelError
+from trainers.guidance import AutoGuidance
 from trainers.loop import fit
 from trainers.prompt import Prompt
 from trainers.rundir import RunDir
@@ -43,6 +44,11 @@ def test_the_untrained_method_is_photomaker(make, accelerator, people):
     bare = make(branches={"branched_self": False, "branched_cross": False}).load_trained(None, accelerator)
     prompts = [prompt(people), prompt(people, "a woman img", image=people / "berta" / "2.png")]
     torch.testing.assert_close(predict(method.model, prompts), predict(bare, prompts), atol=1e-5, rtol=0)
+
+
+def test_a_weak_version_is_refused_when_a_study_is_read(make):
+    with pytest.raises(ValueError, match=r"guidance\.weak is checkpoint with PhotoMaker"):
+        make(weak_fraction=0.5).check_guidance(AutoGuidance())
 
 
 def test_photomakers_own_lora_is_part_of_the_base(make, accelerator, sdxl_folder):
