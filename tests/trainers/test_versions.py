@@ -1,5 +1,7 @@
 """Guidance by other versions of a model: rows of one batch equal models of their own."""
 
+# pyright: basic
+
 import numpy as np
 import pytest
 import torch

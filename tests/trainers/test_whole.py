@@ -1,7 +1,10 @@
 """Guidance by other versions of a model whose every weight was trained: sets of weights that take turns."""
 
+# pyright: basic
+
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +24,9 @@ from trainers.sampling import generate
 from trainers.train import train
 from trainers.version import BASE, TRAINED, WEAK, Version
 
-HERE = SimpleNamespace(device=CPU)
+HERE: Any = SimpleNamespace(device=CPU)
 OMEGA = Version(scale=0.3)
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sd": ("sd", {"lora": None}),
     "sdxl and its text encoders": ("sdxl", {"lora": None, "train_text_encoders": True}),
     "sd and adapters of its text encoder": ("sd", {"lora": None, "text_encoder_lora": {"rank": 2}}),
@@ -34,7 +37,8 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def config(request, tmp_path_factory):
-    return training(*CASES[request.param], tmp_path_factory.mktemp("models"))
+    kind, ways = CASES[request.param]
+    return training(kind, ways, tmp_path_factory.mktemp("models"))
 
 
 def training(kind, ways, folder):
