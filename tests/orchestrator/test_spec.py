@@ -13,7 +13,10 @@ from trainers.errors import ConfigError
         ("trial.train.stpes=3", "trial.train.stpes: got an unknown key; .*: did you mean 'steps'?"),
         ("limits.trails=3", "limits.trails: got an unknown key; expected one that exists: did you mean 'trials'?"),
         ("trial.evaluate.metrics.clip_t.modle=./x", "clip_t.modle: got an unknown key; .* did you mean 'model'?"),
-        ("tracker.kind=mlfow", "tracker.kind: got unknown kind 'mlfow'; expected one of mlflow, none; did you mean"),
+        (
+            "tracker.kind=mlfow",
+            "tracker.kind: got unknown kind 'mlfow'; expected one of mlflow, none, several, tensorboard, wandb; did",
+        ),
         ("launcher={}", "launcher: got no `kind`; expected one of .*local"),
         ("search.train.optimizer.lr.low=1", "search.train.optimizer.lr: got low 1.0, high 0.01; expected low < high"),
         ("search.train.optimizer.lr.low=0", "got low 0.0 with log: true; expected low > 0"),
