@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -21,8 +22,8 @@ from orchestrator.reports import Reports
 from orchestrator.search import Value
 from orchestrator.spec import StudySpec
 from orchestrator.storage import told
-from orchestrator.tracker import StudyView, TrialView
-from orchestrator.views import run_dir, study_view, trial_views
+from orchestrator.tracker import FINAL_STATES, StudyView, TrialView
+from orchestrator.views import run_dir, study_view, trial_view
 from trainers.errors import ConfigError, ProjectError, TrackerError
 from trainers.rundir import RunDir, RunError, RunResult, freeze, thaw, write_atomically
 
@@ -52,6 +53,8 @@ class Controller:
     """Told about the study after every step, after the tracker."""
     _tracker_is_down: bool = field(default=False, init=False)
     _failures_before: frozenset[int] = field(default=frozenset(), init=False)
+    _ended: dict[int, TrialView] = field(default_factory=dict[int, TrialView], init=False)
+    _attached: dict[int, Trial] = field(default_factory=dict[int, Trial], init=False)
     _reports: Reports = field(init=False)
     _base: Base = field(init=False)
     _meter: Meter = field(init=False)
@@ -94,18 +97,19 @@ class Controller:
         if self._base.scores() is None:
             self._base.advance()
             return False
-        for frozen in self._trials(TrialState.RUNNING):
+        running = self._trials(TrialState.RUNNING)
+        self._attached = {frozen.number: self._attach(frozen) for frozen in running}
+        for frozen in running:
             if "sha256" in frozen.user_attrs:
                 self._advance(frozen)
             else:  # we stopped between ask and submit
                 self._start(self._attach(frozen))
         self._stop_if_hopeless()
         self._note()
-        trials = trial_views(self.spec, self.study) if self.spec.limits.judge_results else []
+        trials = self._views() if self.spec.limits.judge_results else []
         self._quota.enforce(trials)
-        while not self._is_full() and not self._is_over(trials):
-            self._start(self.study.ask())
-            self._stop_if_hopeless()
+        while (room := self._room()) and not self._is_over(trials):
+            self._fill(room)
         return not self._trials(TrialState.RUNNING)
 
     def stop(self) -> None:
@@ -124,22 +128,38 @@ class Controller:
             return JobId(known)
         if "sha256" not in frozen.user_attrs:
             return None
-        return self.spec.launcher.find(self._job(self._attach(frozen), run_dir(self.spec.root, frozen.number)))
+        return self.spec.launcher.find(self._job(run_dir(self.spec.root, frozen.number), frozen.user_attrs["sha256"]))
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def _attach(self, frozen: FrozenTrial) -> Trial:
-        return Trial(self.study, frozen._trial_id)  # pyright: ignore[reportPrivateUsage]  # noqa: SLF001
+        """What a running trial is written by; kept, because Optuna draws anew whenever it makes one."""
+        if frozen.number not in self._attached:
+            self._attached[frozen.number] = Trial(self.study, frozen._trial_id)  # pyright: ignore[reportPrivateUsage]  # noqa: SLF001
+        return self._attached[frozen.number]
 
-    def _is_full(self) -> bool:
-        running = len(self._trials(TrialState.RUNNING))
-        wanted = self.spec.num_trials - len(self._trials(*_COUNTED))
-        if running >= min(wanted, self.spec.limits.parallel) or self.spec.launcher.free_devices() is None:
-            return True
-        if running and self.spec.shares_training and not self._trials(*_COUNTED):
-            return True  # the first trial trains for all; others would hold a device and wait
-        return self.spec.sampler.room(self.spec.search, self.study) == 0
+    def _room(self) -> int:
+        """How many trials can be started now."""
+        states = Counter(trial.state for trial in self._trials())
+        counted = sum(states[state] for state in _COUNTED)
+        # The first trial trains for all that share a training; others would hold a device and wait.
+        parallel = 1 if self.spec.shares_training and not counted else self.spec.limits.parallel
+        room = min(self.spec.num_trials - counted, parallel) - states[TrialState.RUNNING]
+        if room <= 0 or self.spec.launcher.free_devices() is None:
+            return 0
+        wanted = self.spec.sampler.room(self.spec.search, self.study)
+        return room if wanted is None else min(room, wanted)
+
+    def _fill(self, room: int) -> None:
+        """Start trials until there is no room or no device, or one fails at once."""
+        while room > 0 and self.spec.launcher.free_devices() is not None:
+            room -= 1
+            trial = self.study.ask()
+            self._attached[trial.number] = trial
+            if not self._start(trial):
+                self._stop_if_hopeless()
+                return
 
     def _is_over(self, trials: Sequence[TrialView]) -> bool:
         why = reached(self.spec, trials, self._meter.usage)
@@ -164,18 +184,22 @@ class Controller:
                 if note not in known:
                     log.info("%s", note)
 
-    def _start(self, trial: Trial) -> None:
-        """Draw, freeze and submit; every part is a repetition without effect if it was done before."""
+    def _start(self, trial: Trial) -> bool:
+        """Draw, freeze and submit; every part is a repetition without effect if it was done before.
+
+        False if the trial failed.
+        """
         run = run_dir(self.spec.root, trial.number)
         params = {name: parameter.suggest(trial, name) for name, parameter in self.spec.search.items()}
         try:
             digest = self._freeze(run, params)
         except ConfigError as error:
             self._fail(trial, RunError(reason="config", message=str(error)))
-            return
+            return False
         trial.set_user_attr("sha256", digest)
         if not (run.result.exists() or run.error.exists()):
-            self._submit(trial, run)
+            self._submit(trial, self._job(run, digest))
+        return True
 
     def _freeze(self, run: RunDir, params: Mapping[str, Value]) -> str:
         if run.trial.exists():
@@ -186,8 +210,7 @@ class Controller:
         write_atomically(run.trial, text)
         return digest
 
-    def _submit(self, trial: Trial, run: RunDir) -> None:
-        job = self._job(trial, run)
+    def _submit(self, trial: Trial, job: Job) -> None:
         job_id = self.spec.launcher.find(job)  # of a controller that was killed before it could note the id
         if job_id is None:
             devices = self.spec.launcher.free_devices()
@@ -197,14 +220,14 @@ class Controller:
         trial.set_user_attr("submitted", time.time())
         trial.set_user_attr("job_id", job_id)
 
-    def _job(self, trial: Trial, run: RunDir) -> Job:
-        sha256, cache = trial.user_attrs["sha256"], self.spec.cache
+    def _job(self, run: RunDir, sha256: str) -> Job:
+        cache = self.spec.cache
         shared = ("--trained", str(self.spec.trainings)) if self.spec.shares_training else ()
         return Job(WORKER, (str(run.path), "--sha256", sha256, "--cache", str(cache), *shared), run.path)
 
     def _advance(self, frozen: FrozenTrial) -> None:
         trial, run = self._attach(frozen), run_dir(self.spec.root, frozen.number)
-        job_id = JobId(trial.user_attrs.get("job_id", ""))
+        job_id, job = JobId(frozen.user_attrs.get("job_id", "")), self._job(run, frozen.user_attrs["sha256"])
         self._reports.read(trial, run)
         state = self.spec.launcher.poll(job_id) if job_id else JobState.ENDED  # first: what it wrote is then complete
         if run.result.exists():
@@ -214,18 +237,18 @@ class Controller:
                 self.spec.launcher.cancel(job_id)  # other ranks may wait for the one that failed
             self._fail(trial, _read_error(run))
         elif not job_id:
-            self._submit(trial, run)
+            self._submit(trial, job)
         elif state is JobState.ENDED:
-            self._lose(trial, run, job_id, "the job ended without a result")
-        elif self._is_late(trial, state):
+            self._lose(trial, job, job_id, "the job ended without a result")
+        elif self._is_late(frozen, state):
             self.spec.launcher.cancel(job_id)
-            self._lose(trial, run, job_id, f"the job took longer than {self.spec.launcher.timeout_minutes} minutes")
+            self._lose(trial, job, job_id, f"the job took longer than {self.spec.launcher.timeout_minutes} minutes")
         elif self._reports.prune(frozen.number):
             self._prune(trial, job_id)
 
-    def _is_late(self, trial: Trial, state: JobState) -> bool:
+    def _is_late(self, frozen: FrozenTrial, state: JobState) -> bool:
         """Whether the job has worked for too long; a cluster's queue does not count."""
-        notes = trial.user_attrs
+        trial, notes = self._attach(frozen), frozen.user_attrs
         if (state is JobState.QUEUED) != notes.get("queued", False):
             trial.set_user_attr("submitted", time.time())
             trial.set_user_attr("queued", state is JobState.QUEUED)
@@ -254,9 +277,9 @@ class Controller:
             self._constrain(trial, bound, violation)
         self.study.tell(trial, values)
 
-    def _lose(self, trial: Trial, run: RunDir, job_id: JobId, why: str) -> None:
+    def _lose(self, trial: Trial, job: Job, job_id: JobId, why: str) -> None:
         """Submit again, unless that was done often enough; a job is lost once, however often we are killed here."""
-        other = self.spec.launcher.find(self._job(trial, run))
+        other = self.spec.launcher.find(job)
         if other is not None:
             trial.set_user_attr("job_id", other)
             return
@@ -264,9 +287,9 @@ class Controller:
         trial.set_user_attr("lost", lost)
         if len(lost) <= self.spec.limits.max_retries:
             log.warning("trial %d: %s; submitted again (%d lost so far)", trial.number, why, len(lost))
-            self._submit(trial, run)
+            self._submit(trial, job)
         else:
-            note_failure(run, "lost", f"{why}, {len(lost)} times", len(lost))
+            note_failure(RunDir(job.run_dir), "lost", f"{why}, {len(lost)} times", len(lost))
             self._end(trial, TrialState.FAIL, "lost", f"{why}, {len(lost)} times")
 
     def _fail(self, trial: Trial, error: RunError) -> None:
@@ -283,7 +306,7 @@ class Controller:
         self.study.tell(trial, state=state)
 
     def _constrain(self, trial: Trial, key: str, violation: float) -> None:
-        if key not in self._trials()[trial.number].constraints:  # else a killed controller came this far
+        if key not in trial.constraints:  # else a killed controller came this far
             trial.set_constraint(key, violation)
 
     def _stop_if_hopeless(self) -> None:
@@ -300,8 +323,14 @@ class Controller:
                 "expected results; mend the cause and run the study again"
             )
 
+    def _views(self) -> list[TrialView]:
+        """Every trial as others see it; what has ended changes no more."""
+        views = [self._ended.get(t.number) or trial_view(self.spec, t) for t in self._trials()]
+        self._ended |= {view.number: view for view in views if view.state in FINAL_STATES}
+        return views
+
     def _observe(self, view: StudyView) -> None:
-        trials = trial_views(self.spec, self.study)
+        trials = self._views()
         try:
             self.spec.tracker.mirror(view, trials)
         except TrackerError as error:

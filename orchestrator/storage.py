@@ -137,7 +137,7 @@ def open_study(spec: StudySpec) -> optuna.Study:
         )
     storage = open_tables(database, spec.name)
     try:
-        study = _study(spec, storage)
+        study = _study(spec, storage, is_held=True)
         _check_folder(spec, study, database)
         _check_identity(spec, study, database)
     except StorageError:
@@ -159,7 +159,7 @@ def read_study(spec: StudySpec, *, is_held: bool = False) -> optuna.Study:
         raise StorageError(
             f"{database}: got no study {spec.name!r}; expected one; start it with `python -m orchestrator run`"
         )
-    return _study(spec, open_tables(database, spec.name if is_held else None))
+    return _study(spec, open_tables(database, spec.name if is_held else None), is_held=is_held)
 
 
 def open_tables(database: Database, held: str | None = None) -> optuna.storages.RDBStorage:
@@ -200,11 +200,13 @@ def _studies(spec: StudySpec, database: Database) -> list[str]:
     return names
 
 
-def _study(spec: StudySpec, storage: optuna.storages.RDBStorage) -> optuna.Study:
+def _study(spec: StudySpec, storage: optuna.storages.RDBStorage, *, is_held: bool) -> optuna.Study:
     import optuna
 
+    from orchestrator.held import HeldStorage
+
     return optuna.create_study(
-        storage=storage,
+        storage=HeldStorage(storage) if is_held else storage,
         study_name=spec.name,
         directions=[optuna.study.StudyDirection.MAXIMIZE] * len(spec.objective.names),
         sampler=_sampler(spec),

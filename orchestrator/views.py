@@ -44,7 +44,7 @@ def study_view(spec: StudySpec, study: optuna.Study) -> StudyView:
 
 def trial_views(spec: StudySpec, study: optuna.Study) -> list[TrialView]:
     """Every trial as it is now, by number."""
-    return [_trial_view(spec, trial) for trial in study.get_trials(deepcopy=False)]
+    return [trial_view(spec, trial) for trial in study.get_trials(deepcopy=False)]
 
 
 def reason_text(reason: str | None, message: str | None) -> str | None:
@@ -62,7 +62,8 @@ def broken_text(broken: Mapping[str, float]) -> str | None:
     return "breaks " + ", ".join(f"{name} by {amount:.3g}" for name, amount in broken.items()) if broken else None
 
 
-def _trial_view(spec: StudySpec, trial: FrozenTrial) -> TrialView:
+def trial_view(spec: StudySpec, trial: FrozenTrial) -> TrialView:
+    """One trial as it is now."""
     broken = violations(trial.state.name, trial.constraints)
     reason = reason_text(trial.user_attrs.get("reason"), trial.user_attrs.get("message"))
     return TrialView(

@@ -10,7 +10,7 @@ import pytest
 from orchestrator.launcher import Job, JobId, JobState, Launcher
 from trainers.rundir import RunDir, freeze, write_atomically
 
-SECONDS = 120
+SECONDS = 300
 
 
 def wait_for(condition: Callable[[], object]) -> None:

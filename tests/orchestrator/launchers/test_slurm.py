@@ -79,10 +79,9 @@ class TestSlurmLauncher(LauncherContract):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("start", ["torchrun", "srun"])
-def test_a_job_that_makes_room_for_an_urgent_one_goes_on_from_its_checkpoint(job: Job, start: Start):
+def test_a_job_that_makes_room_for_an_urgent_one_goes_on_from_its_checkpoint(job: Job):
     (job.run_dir.parents[1] / "behaviour.txt").write_text("slow")
-    launcher = SlurmLauncher(start=start, poll_seconds=0.2)
+    launcher = SlurmLauncher(poll_seconds=0.2)
     run = RunDir(job.run_dir)
     job_id = launcher.submit(job)
     wait_for(run.events.exists)
