@@ -1,11 +1,11 @@
 """What a folder must hold to be a CLIP model, found out without torch."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from trainers.errors import ModelError
+from trainers.pretrained import read_json
 
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 # In the order in which open_clip itself prefers them. `model.safetensors` is left out on purpose: beside an
@@ -75,7 +75,7 @@ def read_clip_folder(path: Path, checkpoint: Path | None = None) -> ClipFolder:
 
 def _read_open_clip(path: Path, checkpoint: Path | None) -> ClipFolder:
     config_path = path / _OPEN_CLIP_CONFIG
-    config = _read_json(config_path).get("model_cfg")
+    config = read_json(config_path).get("model_cfg")
     if not isinstance(config, dict):
         raise ModelError(f"{config_path}: `model_cfg` is missing; copy the config that came with the weights")
     model = cast("dict[str, Any]", config)
@@ -92,7 +92,7 @@ def _read_open_clip(path: Path, checkpoint: Path | None) -> ClipFolder:
 
 def _read_transformers(path: Path) -> ClipFolder:
     config_path = path / "config.json"
-    config = _read_json(config_path)
+    config = read_json(config_path)
     if config.get("model_type") != "clip":
         raise ModelError(
             f"{config_path}: model_type is {config.get('model_type')!r}, expected 'clip' (both towers); "
@@ -106,7 +106,10 @@ def _read_transformers(path: Path) -> ClipFolder:
 
 
 def _tokenizer_files(path: Path) -> list[Path]:
+    if (path / "tokenizer_config.json").is_file():
+        read_json(path / "tokenizer_config.json")
     if (path / "tokenizer.json").is_file():
+        read_json(path / "tokenizer.json")
         return [path / "tokenizer.json"]
     return [_first(path, (name,), "tokenizer (tokenizer.json, or vocab.json and merges.txt)") for name in _BPE_FILES]
 
@@ -119,13 +122,3 @@ def _first(path: Path, names: tuple[str, ...], what: str) -> Path:
         if (path / name).is_file():
             return path / name
     raise ModelError(f"{path}: {what} missing; expected {' or '.join(names)}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON ({error}); copy the file again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return cast("dict[str, Any]", content)

@@ -32,7 +32,8 @@ class DinoEncoder(PictureEncoder):
         try:
             self._model: Any = self._load(folder).eval().to(device)
         except _UNLOADABLE as error:
-            raise ModelError(f"{folder.path}: {folder.form} cannot load this folder ({error})") from error
+            problem = " ".join(str(error).split())
+            raise ModelError(f"{folder.files[0]}: {folder.form} cannot load this folder with it ({problem})") from error
 
     @abstractmethod
     def _load(self, folder: DinoFolder) -> Any:

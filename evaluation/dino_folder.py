@@ -1,11 +1,11 @@
 """What a folder must hold to be a vision transformer with a class token, such as DINO, found out without torch."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from trainers.errors import ModelError
+from trainers.pretrained import read_json
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _MODEL_TYPES = {"vit": "ViT", "dinov2": "DINOv2", "dinov2_with_registers": "DINOv2 with registers"}
@@ -34,16 +34,12 @@ def read_dino_folder(path: Path) -> DinoFolder:
         ModelError: The folder is missing, incomplete, or holds something else.
     """
     config_path = path / "config.json"
-    try:
-        content: Any = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    if not config_path.is_file():
         raise ModelError(
-            f"{config_path}: {error}; expected a vision transformer as transformers or timm save it, "
+            f"{config_path}: no such file; expected a vision transformer as transformers or timm save it, "
             "such as a copy of facebook/dino-vits16 or timm/vit_small_patch16_224.dino"
-        ) from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{config_path}: expected a JSON object, got {type(content).__name__}")
-    config = cast("dict[str, Any]", content)
+        )
+    config = read_json(config_path)
     return _read_timm(path, config) if "architecture" in config else _read_transformers(path, config)
 
 
@@ -55,6 +51,7 @@ def _read_transformers(path: Path, config: dict[str, Any]) -> DinoFolder:
             "or timm's `architecture`; a CLIP folder belongs to the metric clip_image"
         )
     files = (_first(path, _WEIGHTS), path / "config.json", _first(path, ("preprocessor_config.json",)))
+    read_json(files[-1])
     # 768 and 16 (14 for DINOv2) are transformers' defaults, which its files may leave out.
     width = int(config.get("hidden_size", 768))
     patch = config.get("patch_size", 16 if kind == "vit" else 14)

@@ -125,7 +125,8 @@ class OpenClipEncoder(ClipEncoder):
                 load_checkpoint(cast("Any", model), str(folder.checkpoint))
             tokenizer = open_clip.get_tokenizer(name)
         except _UNLOADABLE as error:
-            raise ModelError(f"{folder.weights}: open_clip cannot load this folder with it ({error})") from error
+            problem = " ".join(str(error).split())
+            raise ModelError(f"{folder.weights}: open_clip cannot load this folder with it ({problem})") from error
         self._model: Any = model.eval()
         self._transform: Any = preprocess
         self._tokenizer: Any = tokenizer
@@ -167,7 +168,8 @@ class TransformersClipEncoder(ClipEncoder):
             self._tokenizer: Any = CLIPTokenizer.from_pretrained(**local)
             self._processor: Any = CLIPImageProcessorPil.from_pretrained(**local)
         except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-            raise ModelError(f"{folder.path}: transformers cannot load this folder ({error})") from error
+            problem = " ".join(str(error).split())
+            raise ModelError(f"{folder.weights}: transformers cannot load this folder with it ({problem})") from error
         if report["missing_keys"]:
             # transformers would go on with random numbers in their place.
             missing = sorted(report["missing_keys"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 from typing_extensions import override
@@ -81,11 +81,13 @@ class PretrainedConfig(BackboneConfig):
             raise ModelError(
                 f"{self.path}: no model_index.json; expected a model of kind {self.kind_name} as diffusers saves"
             )
+        self.model_index()
         self.scheduler_config()
         for name in self.networks:
             self._check_network(name)
-        for name in self.tokenizer_names:
-            self.tokenizer_files(name)
+        for file in (file for name in self.tokenizer_names for file in self.tokenizer_files(name)):
+            if file.suffix == ".json":
+                read_json(file)
 
     @property
     def kind_name(self) -> str:
@@ -181,6 +183,21 @@ class PretrainedConfig(BackboneConfig):
             raise ModelError(f"{folder}: no tokenizer_config.json; is the download complete?")
         return tuple(folder / name for name in sorted(names) if name.endswith((".json", ".txt", ".model")))
 
+    def load_tokenizer(self, cls: Any, component: str, **options: Any) -> Any:
+        """A text encoder's tokenizer, as transformers' class `cls` reads it.
+
+        Raises:
+            ModelError: Its files are not what that class writes.
+        """
+        folder = self.path / component
+        try:
+            return cls.from_pretrained(folder, local_files_only=True, **options)
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            problem = str(error).partition("\n")[0]
+            raise ModelError(
+                f"{folder}: {cls.__name__} cannot read this tokenizer ({problem}); download it again"
+            ) from error
+
     def load_network(self, cls: Any, component: str, dtype: torch.dtype, device: torch.device) -> Any:
         """A component's weights, frozen and in evaluation mode."""
         model = cls.from_pretrained(
@@ -217,11 +234,14 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: It is missing or broken.
     """
     if not path.is_file():
-        raise ModelError(f"{path}: no such file; expected a model folder in diffusers' layout")
+        raise ModelError(f"{path}: no such file; expected a whole model folder")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{path}: not valid JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(content).__name__}; download it again")
+    return cast("dict[str, Any]", content)
 
 
 def _weights(folder: Path, name: str) -> tuple[Path, ...]:

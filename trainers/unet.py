@@ -131,10 +131,7 @@ class UnetBackbone(Backbone):
             config.load_network(getattr(transformers, self.text_classes[name]), name, text_dtype, self._text_device)
             for name in config.text_encoder_names
         )
-        self._tokenizers = [
-            cast("Any", transformers.CLIPTokenizer).from_pretrained(config.path / name)
-            for name in config.tokenizer_names
-        ]
+        self._tokenizers = [config.load_tokenizer(transformers.CLIPTokenizer, name) for name in config.tokenizer_names]
         self.process = Diffusion.from_scheduler_config(config.scheduler_config()).to(device)
         self._downscale = config.downscale
         self._scale = 1.0

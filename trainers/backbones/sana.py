@@ -83,7 +83,10 @@ class SanaConfig(PretrainedConfig):
         if self.instruction is not None:
             return self.instruction
         file = self.path / "instruction.txt"
-        return file.read_text(encoding="utf-8") if file.is_file() else INSTRUCTION
+        try:
+            return file.read_text(encoding="utf-8") if file.is_file() else INSTRUCTION
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{file}: not UTF-8 text; download it again") from error
 
     @property
     @override
@@ -162,7 +165,7 @@ class Sana(Backbone):
         self.denoiser = config.load_network(SanaTransformer2DModel, "transformer", dtype, device)
         self.vae = config.load_network(AutoencoderDC, "vae", vae_dtype, vae_device)
         self._encoder: Any = config.load_network(Gemma2Model, "text_encoder", text_dtype, torch.device("cpu"))
-        self._tokenizer = cast("Any", GemmaTokenizer).from_pretrained(config.path / "tokenizer", padding_side="right")
+        self._tokenizer = config.load_tokenizer(GemmaTokenizer, "tokenizer", padding_side="right")
         self.text_encoders = (self._encoder,)
         self.pipeline = diffusers.SanaPipeline  # pyright: ignore[reportPrivateImportUsage]
         self.process = Flow(config.shift, config.num_timesteps)

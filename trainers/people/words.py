@@ -59,8 +59,10 @@ class Reader:
 
         self._encoders, self._trigger, self._count = backbone.text_encoders, trigger, count
         self._device = backbone.device
-        folders = [backbone.config.path / name for name in backbone.config.tokenizer_names]
-        self._tokenizers = [add_trigger(CLIPTokenizer.from_pretrained(folder), trigger) for folder in folders]
+        config = backbone.config
+        self._tokenizers = [
+            add_trigger(config.load_tokenizer(CLIPTokenizer, name), trigger) for name in config.tokenizer_names
+        ]
 
     def read(self, prompt: str) -> Words:
         """One prompt's embeddings, without gradients.
