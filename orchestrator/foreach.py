@@ -155,8 +155,9 @@ def fill(tree: Any, subject: Subject) -> Any:
         ConfigError: Both the file of prompts and the study have a panel.
     """
     filled = _replaced(tree, subject.words)
-    if subject.prompts:
-        evaluate = filled.setdefault("trial", {}).setdefault("evaluate", {})
+    trial = filled.setdefault("trial", {})
+    evaluate: object = cast("dict[str, Any]", trial).setdefault("evaluate", {}) if isinstance(trial, dict) else None
+    if subject.prompts and isinstance(evaluate, dict):  # whatever else it is, the study's own check refuses
         if "prompts" in evaluate:
             raise ConfigError(
                 "trial.evaluate.prompts: got prompts in the study and in foreach.subject.prompts; remove one of the two"

@@ -136,7 +136,12 @@ def read_winner(root: Path) -> Winner:
     file = root / WINNER
     if not file.is_file():
         raise ConfigError(f"from_study.study: got no {WINNER} in {root}; expected a study that has ended; run it first")
-    return Winner.model_validate_json(file.read_text(encoding="utf-8"))
+    try:
+        return Winner.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise ConfigError(
+            f"{file}: got another file; expected what `run` writes at a study's end; run it again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,8 @@ def _take(tree: Tree, source: FromStudy, root: Path) -> Tree:
     """The study with the winner's values, and its adapter if that is wanted."""
     winner = read_winner(root)
     run = run_dir(root, winner.trial)
+    if not run.trial.is_file():
+        raise ConfigError(f"from_study.study: got no {run.trial}; expected the winner's trial, which {WINNER} names")
     frozen = thaw(run.trial)
     take = source.take
     if take is None:
@@ -232,7 +239,10 @@ def _take(tree: Tree, source: FromStudy, root: Path) -> Tree:
     changes: Tree = {}
     if source.adapter:
         changes = {"train": frozen["train"], "seed": frozen["seed"], "adapter": str(run.adapter)}
-    trial = {**cast("Tree", tree.get("trial") or {}), **changes}
+    given: object = tree.get("trial") or {}
+    if not isinstance(given, dict):
+        return tree  # which the study's own check refuses
+    trial = {**cast("Tree", given), **changes}
     for target, path in take.items():
         value = _value(frozen, path, run.trial)
         for key in reversed(target.split(".")):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from orchestrator.__main__ import main
 from orchestrator.controller import Controller
-from orchestrator.series import WINNER, load_series
+from orchestrator.series import WINNER, Winner, load_series
 from orchestrator.spec import load_study
 from orchestrator.storage import read_study
 from orchestrator.views import run_dir
@@ -244,6 +244,26 @@ class TestStages:
         ended = [member.name for member in load_series(path).members if (member.load()[0].root / WINNER).exists()]
         assert ended == ["tune-a-search", "tune-a-full", "tune-a-guidance", "tune-b-search"]
         assert "2 of 6 studies that have not ended" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [7, "x", [1]])
+def test_a_trial_that_is_no_mapping_is_refused_for_subjects_too(world: Path, write: Callable[..., Path], wrong: Any):
+    (member, *_) = load_series(write({"name": "g", "foreach": FOLDERS, "trial": wrong})).members
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        member.load()
+
+
+def test_a_winner_that_is_gone_or_broken_is_refused(world: Path, write: Callable[..., Path]):
+    root = world / "runs" / "t"
+    root.mkdir(parents=True)
+    path = write(GUIDED, from_study={"study": "./runs/t"})
+    for text, message in (
+        ("{}", "got another file"),
+        (Winner(study="t", trial=3, value=1, params={}).model_dump_json(), "no .*0003"),
+    ):
+        (root / WINNER).write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_series(path)
 
 
 def test_a_missing_folder_or_adapter_of_any_subject_is_reported_before_anything_starts(
