@@ -91,6 +91,8 @@ class Example:
     prompt: str
     weight: float = 1.0
     """Factor of this example's loss."""
+    size: tuple[int, int] | None = None
+    """Height and width that it is cut to, where examples differ; null is the data's."""
 
     def read_bytes(self) -> bytes:
         """The picture's file.
@@ -167,7 +169,12 @@ class DataConfig(Choice):
     @property
     @abstractmethod
     def size(self) -> tuple[int, int]:
-        """Height and width of every picture that `read` returns."""
+        """Height and width of every picture that `read` returns, or, where they differ, of a square one."""
+
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """Height and width of all pictures that `read` may return; of more than one, a batch has one."""
+        return (self.size,)
 
     @abstractmethod
     def check(self) -> None:
@@ -192,8 +199,8 @@ class DataConfig(Choice):
     def check_validation(self) -> None:
         """Raise ValueError if no captioned examples are held out: there is nothing to evaluate a loss on."""
 
-    def pick(self, examples: Sequence[Example], seed: int, step: int, position: int) -> int:  # noqa: ARG002
-        """Index of the example at `position` of an endless stream, at optimizer step `step`.
+    def pick(self, examples: Sequence[Example], seed: int, step: int, position: int, batch_size: int) -> int:  # noqa: ARG002
+        """Index of the example at `position` of an endless stream, at optimizer step `step` of `batch_size` positions.
 
         A function of its arguments alone, so that neither resuming nor the number of processes changes what is seen.
         Every epoch is a permutation, unless a kind says otherwise.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,22 +98,27 @@ class Images:
     """What was asked for, less the pictures that cannot be decoded."""
     moments: Moments
     geometries: tuple[Geometry, ...]
+    grids: tuple[tuple[int, int], ...] | None = None
+    """Height and width of each row's latents, where they differ: `moments` are then [rows, channels, cells], with room
+    for the most cells that there may be. Null where all have one shape."""
 
     def select(self, indices: Sequence[int], device: torch.device) -> Moments:
-        """Moments of the given rows, on `device`."""
+        """Moments of the given rows, which have one shape, on `device`."""
         rows = list(indices)
-        return Moments(
-            self.moments.mean[rows].to(device, non_blocking=True),
-            self.moments.logvar[rows].to(device, non_blocking=True),
-        )
+        mean, logvar = (value[rows].to(device, non_blocking=True) for value in (self.moments.mean, self.moments.logvar))
+        if self.grids is None:
+            return Moments(mean, logvar)
+        (grid,) = {self.grids[row] for row in rows}
+        shape, cells = (*mean.shape[:2], *grid), math.prod(grid)
+        return Moments(mean[..., :cells].reshape(shape), logvar[..., :cells].reshape(shape))
 
     def first(self, count: int) -> Images:
-        """The first `count` rows."""
+        """The first `count` rows, of pictures of one shape."""
         moments = Moments(self.moments.mean[:count], self.moments.logvar[:count])
         return Images(replace(self.split, train=self.split.train[:count]), moments, self.geometries[:count])
 
     def joined(self, other: Images) -> Images:
-        """These training pictures, then those of `other`, then what these have behind theirs."""
+        """These training pictures, then those of `other`, then what these have behind theirs; all of one shape."""
         own, added = len(self.split.train), len(other.split.train)
 
         def join(mine: Tensor, theirs: Tensor) -> Tensor:
@@ -160,6 +166,8 @@ def encode_examples(frozen: Frozen, data: DataConfig, examples: Sequence[Example
     backbone = frozen.backbone
     dtype = next(backbone.vae.parameters()).dtype
     network = frozen.describe(frozen.config.image_files(), dtype)
+    grids = [backbone.latent_shape(*size)[1:] for size in data.sizes]
+    cells = max(map(math.prod, grids)) if len(grids) > 1 else None
 
     def make(i: int) -> Tensors | None:
         try:
@@ -170,20 +178,30 @@ def encode_examples(frozen: Frozen, data: DataConfig, examples: Sequence[Example
             return None
         moments, geometry = backbone.encode_image(picture.pixels), picture.geometry
         told = [[*geometry.original, *geometry.crop, *geometry.target, geometry.aesthetic]]
+        if cells is not None:
+            moments = Moments(_flat(moments.mean, cells), _flat(moments.logvar, cells))
         row = {"mean": moments.mean, "logvar": moments.logvar, "told": torch.tensor(told, dtype=torch.float64)}
         return {name: value.cpu() for name, value in row.items()}
 
+    room = () if cells is None else (str(cells),)
     kept, columns = frozen.stack(
-        lambda i: digest("picture", examples[i].key, data.transform, network), make, len(examples)
+        lambda i: digest("picture", examples[i].key, data.transform, network, *room), make, len(examples)
     )
     if not kept:
         raise DataError(f"none of the {len(examples)} training pictures can be decoded; first: {examples[0].path}")
     left_out = sorted(set(range(len(examples))) - set(kept))
+    geometries = tuple(_geometry(row) for row in cast("list[list[float]]", columns["told"].tolist()))
     return Images(
         Split(tuple(examples[i] for i in kept), (), tuple(examples[i].path for i in left_out)),
         Moments(columns["mean"], columns["logvar"]),
-        tuple(_geometry(row) for row in cast("list[list[float]]", columns["told"].tolist())),
+        geometries,
+        None if cells is None else tuple(backbone.latent_shape(*one.target)[1:] for one in geometries),
     )
+
+
+def _flat(value: Tensor, cells: int) -> Tensor:
+    """Latents [1, channels, h, w] as [1, channels, cells], zeros behind."""
+    return torch.nn.functional.pad(value.flatten(2), (0, cells - math.prod(value.shape[2:])))
 
 
 def _geometry(told: Sequence[float]) -> Geometry:

@@ -55,6 +55,8 @@ class Method(ABC):
     backbone: Backbone
     data: DataConfig
     seed: int
+    batch_size: int
+    """Examples of one optimizer step."""
     examples: tuple[Example, ...]
     """What is trained on, in the order that `Batch.indices` counts."""
     held_out: tuple[Example, ...]
@@ -74,7 +76,7 @@ class Method(ABC):
 
     def pick(self, step: int, position: int) -> int:
         """Index of the example at `position` of an endless stream, at optimizer step `step`."""
-        return self.data.pick(self.examples, self.seed, step, position)
+        return self.data.pick(self.examples, self.seed, step, position, self.batch_size)
 
     @abstractmethod
     def trained(self) -> Mapping[str, Trained]:
@@ -229,10 +231,9 @@ class MethodConfig(Choice):
         self.data.check()
         self.loss.check(self.backbone.prediction, self.backbone.num_timesteps)
         factor = self.backbone.downscale
-        if any(side % factor for side in self.data.size):
-            raise DataError(
-                f"train.data: pictures of {self.data.size} pixels; expected multiples of {factor} (the model's)"
-            )
+        odd = [size for size in self.data.sizes if size[0] % factor or size[1] % factor]
+        if odd:
+            raise DataError(f"train.data: pictures of {odd[0]} pixels; expected multiples of {factor} (the model's)")
         if self.samples:
             self.samples.check_model(self.backbone)
 

@@ -49,18 +49,22 @@ def check_held_out(method: Method) -> None:
 
 
 def validation_batches(method: Method, draws: int, size: int) -> list[Batch]:
-    """Every held-out example at `draws` noise levels, in batches of at most `size` rows."""
+    """Every held-out example at `draws` noise levels, in batches of at most `size` rows of one shape."""
     first = len(method.examples)
     rows = [(h, draw) for h in range(len(method.held_out)) for draw in range(draws)]
     levels = [(draw + (0.5 + h * _GOLDEN) % 1) / draws for h, draw in rows]
+    alike: dict[tuple[int, int] | None, list[int]] = {}
+    for row, (h, _) in enumerate(rows):
+        alike.setdefault(method.held_out[h].size, []).append(row)
+    chosen = (group[start : start + size] for group in alike.values() for start in range(0, len(group), size))
     return [
         Batch(
             step=0,
-            places=tuple(_FIRST_PLACE + row for row in range(start, min(start + size, len(rows)))),
-            indices=tuple(first + h for h, _ in rows[start : start + size]),
-            levels=tuple(levels[start : start + size]),
+            places=tuple(_FIRST_PLACE + row for row in batch),
+            indices=tuple(first + rows[row][0] for row in batch),
+            levels=tuple(levels[row] for row in batch),
         )
-        for start in range(0, len(rows), size)
+        for batch in chosen
     ]
 
 

@@ -1,3 +1,5 @@
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
 import subprocess
 import sys
 
@@ -7,7 +9,7 @@ import torch
 from PIL import Image
 
 from trainers.data.folder import FolderConfig
-from trainers.data.transforms import crop_square, open_picture, square_picture
+from trainers.data.transforms import cut, cut_picture, open_picture
 from trainers.errors import DataError
 
 
@@ -198,7 +200,7 @@ def test_a_decompression_bomb_is_a_data_error(tmp_path, monkeypatch):
     ("size", "crop"), [((200, 100), (0, 32)), ((100, 200), (32, 0)), ((64, 64), (0, 0)), ((30, 30), (0, 0))]
 )
 def test_crop_coordinates_are_those_of_the_resized_picture(size, crop):
-    image, geometry = crop_square(Image.new("RGB", size), 64)
+    image, geometry = cut(Image.new("RGB", size), (64, 64))
     assert image.size == (64, 64)
     assert (geometry.original, geometry.crop, geometry.target) == ((size[1], size[0]), crop, (64, 64))
 
@@ -207,7 +209,7 @@ def test_the_centre_is_what_remains(tmp_path):
     image = Image.new("RGB", (300, 100), "black")
     image.paste((255, 255, 255), (100, 0, 200, 100))
     image.save(tmp_path / "a.png")
-    picture = square_picture(tmp_path / "a.png", 100)
+    picture = cut_picture(tmp_path / "a.png", (100, 100))
     assert picture.pixels.shape == (1, 3, 100, 100)
     assert torch.equal(picture.pixels, torch.ones(1, 3, 100, 100))
 
@@ -216,7 +218,7 @@ def test_pixels_span_minus_one_to_one(tmp_path):
     image = Image.new("RGB", (8, 8), "black")
     image.paste((255, 255, 255), (0, 0, 4, 8))
     image.save(tmp_path / "a.png")
-    pixels = square_picture(tmp_path / "a.png", 8).pixels
+    pixels = cut_picture(tmp_path / "a.png", (8, 8)).pixels
     assert (pixels.min(), pixels.max()) == (-1, 1)
 
 

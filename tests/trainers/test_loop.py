@@ -1,3 +1,4 @@
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false
 import json
 import math
 import os
@@ -25,7 +26,7 @@ def events(run, kind="train"):
 
 def pick(seed, count, position):
     """What a folder of `count` pictures shows at `position`."""
-    return FolderConfig(path="/", resolution=64).pick([None] * count, seed, 0, position)
+    return FolderConfig(path="/", resolution=64).pick([None] * count, seed, 0, position, 1)
 
 
 def test_every_epoch_shows_every_example_once():

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from trainers.batch import DataConfig, Example, Geometry, Picture, Split
 from trainers.config import LocalPath
-from trainers.data.transforms import VERSION, open_picture
+from trainers.data.transforms import VERSION, open_picture, upright_size
 from trainers.errors import DataError
 from trainers.framing import Framing
 
@@ -160,7 +160,7 @@ class IdentityConfig(DataConfig):
     def _example(self, name: str, entry: _Entry) -> IdentityExample | None:
         path = self.path / name
         try:
-            original = _upright_size(path)
+            original = upright_size(path)
         except FileNotFoundError as error:
             raise DataError(f"{self.index_path}: {name!r}: no such file: {path}") from error
         except OSError as error:
@@ -259,19 +259,6 @@ def _round_outward(corners: _Corners) -> tuple[int, int, int, int]:
 
 def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _upright_size(path: Path) -> tuple[int, int]:
-    """Height and width, from the file's header.
-
-    Raises:
-        OSError: It is missing, or not a picture.
-    """
-    from PIL import ExifTags, Image
-
-    with Image.open(path) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # the four that exchange the sides
-        return image.size if turned else (image.height, image.width)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

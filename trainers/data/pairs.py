@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from trainers.batch import DataConfig, Example, Picture, Split
 from trainers.config import LocalPath
-from trainers.data.transforms import VERSION, open_picture, square_picture
+from trainers.data.transforms import VERSION, cut_picture, open_picture
 from trainers.errors import DataError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class PairsConfig(DataConfig):
 
     @override
     def read(self, example: Example) -> Picture:
-        return square_picture(example.path, self.resolution)
+        return cut_picture(example.path, self.size)
 
     def _readable(self, rows: list[Pair], count: int | None = None) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
         """The first `count` rows whose pictures decode, default all, and those that were met and do not."""

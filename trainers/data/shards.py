@@ -23,7 +23,7 @@ from trainers.data.crops import CENTRED, CentreCrop, Crop
 from trainers.data.manifests import ManifestsConfig
 from trainers.data.mixing import MixConfig, Mixer
 from trainers.data.shard_index import Layout, Sample, decode_images, hash_images, index_shard
-from trainers.data.transforms import VERSION, square_picture
+from trainers.data.transforms import VERSION, cut_picture
 from trainers.errors import DataError
 
 if TYPE_CHECKING:
@@ -155,15 +155,15 @@ class ShardsConfig(DataConfig):
     def read(self, example: Example) -> Picture:
         shown = cast("ShardExample", example)
         place = partial(self.crop.place, shown.sample.id, shown.variant, self.resolution)
-        picture = square_picture(shown, self.resolution, place)
+        picture = cut_picture(shown, self.size, place)
         if shown.sample.aesthetic is None:
             return picture
         return replace(picture, geometry=replace(picture.geometry, aesthetic=shown.sample.aesthetic))
 
     @override
-    def pick(self, examples: Sequence[Example], seed: int, step: int, position: int) -> int:
+    def pick(self, examples: Sequence[Example], seed: int, step: int, position: int, batch_size: int) -> int:
         if self.mix is None:
-            return super().pick(examples, seed, step, position)
+            return super().pick(examples, seed, step, position, batch_size)
         return _mixer(_Stream(self.mix, cast("Sequence[ShardExample]", examples))).pick(seed, step, position)
 
     @property

@@ -14,6 +14,7 @@ from trainers.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from trainers.batch import Source
 
@@ -50,32 +51,31 @@ def _flatten(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def crop_square(
-    image: Image.Image, resolution: int, place: Callable[[int], int] = lambda margin: margin // 2
+def cut(
+    image: Image.Image, size: tuple[int, int], place: Callable[[int], int] = lambda margin: margin // 2
 ) -> tuple[Image.Image, Geometry]:
-    """Resize so that the short side is `resolution`, then cut a square.
+    """Resize so that `size` is just covered, then cut it out.
 
     Args:
         image: Of any size.
-        resolution: Pixels on each side of the square.
-        place: Where along the long side the square begins, given by how many pixels that side is longer; the default
+        size: Height and width.
+        place: Where the cut begins along the side that is too long, given by how many pixels it is longer; the default
             is the centre.
     """
-    width, height = image.size
-    scale = resolution / min(width, height)
-    resized = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-    margins = (resized[0] - resolution, resized[1] - resolution)
+    (width, height), (high, wide) = image.size, size
+    scale = max(wide / width, high / height)
+    resized = (max(wide, round(width * scale)), max(high, round(height * scale)))
+    margins = (resized[0] - wide, resized[1] - high)
     left, top = (place(margin) if margin else 0 for margin in margins)
     if resized != image.size:
         image = image.resize(resized, Image.Resampling.BICUBIC)
-    image = image.crop((left, top, left + resolution, top + resolution))
-    return image, Geometry((height, width), (top, left), (resolution, resolution))
+    return image.crop((left, top, left + wide, top + high)), Geometry((height, width), (top, left), size)
 
 
-def square_picture(
-    source: Source, resolution: int, place: Callable[[int], int] = lambda margin: margin // 2
+def cut_picture(
+    source: Source, size: tuple[int, int], place: Callable[[int], int] = lambda margin: margin // 2
 ) -> Picture:
-    """A training picture of resolution x resolution pixels; arguments as of `crop_square`.
+    """A training picture of this height and width; arguments as of `cut`.
 
     Raises:
         DataError: As `open_picture`.
@@ -83,7 +83,20 @@ def square_picture(
     import numpy as np
     import torch
 
-    image, geometry = crop_square(open_picture(source), resolution, place)
+    image, geometry = cut(open_picture(source), size, place)
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32))
     # 0 .. 255 to -1 .. 1.
     return Picture((pixels / 127.5 - 1).permute(2, 0, 1).unsqueeze(0), geometry)
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture once it stands upright, from the file's header.
+
+    Raises:
+        OSError: It is missing, or not a picture.
+    """
+    from PIL import ExifTags
+
+    with Image.open(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # the four that exchange the sides
+        return image.size if turned else (image.height, image.width)

@@ -39,6 +39,8 @@ class DreamboothConfig(TunedConfig):
                 f"batch_size is {self.batch_size}; with a prior half of every batch is class pictures: expected an "
                 "even number"
             )
+        if self.prior and len(self.data.sizes) > 1:
+            raise ValueError("prior with data.buckets: class pictures are drawn square; remove one of them")
         return self
 
     @override
@@ -78,6 +80,7 @@ class Dreambooth(Method):
 
         self._images, self._num_subject = pictures
         self.config, self.data, self.seed, self.backbone = config, config.data, seed, backbone
+        self.batch_size = config.batch_size
         self.examples, self.held_out = self._images.split.train, self._images.split.held_out
         self.unreadable = self._images.split.unreadable
         self._texts = texts
@@ -92,11 +95,11 @@ class Dreambooth(Method):
     def pick(self, step: int, position: int) -> int:
         subject = self.examples[: self._num_subject]
         if self.config.prior is None:
-            return self.data.pick(subject, self.seed, step, position)
+            return self.data.pick(subject, self.seed, step, position, self.batch_size)
         place, is_class = divmod(position, 2)
         if is_class:
             return self._num_subject + shuffled(self.seed, len(self.examples) - self._num_subject, place)
-        return self.data.pick(subject, self.seed, step, place)
+        return self.data.pick(subject, self.seed, step, place, self.batch_size // 2)
 
     @override
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:

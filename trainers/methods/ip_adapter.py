@@ -225,6 +225,7 @@ class IpAdapterMethod(Method):
         from trainers.denoising import Denoising
 
         self.config, self.data, self.seed, self.backbone = config, config.data, seed, model.backbone
+        self.batch_size = config.batch_size
         split = inputs.images.split
         self.examples, self.held_out, self.unreadable = split.train, split.held_out, split.unreadable
         self._model, self._tuned, self._inputs = model, tuned, inputs

@@ -89,6 +89,12 @@ class PdmboothConfig(TunedConfig):
         return self
 
     @model_validator(mode="after")
+    def _pictures_are_alike(self) -> Self:
+        if len(self.data.sizes) > 1:
+            raise ValueError("pdmbooth compares pictures of one shape; remove data.buckets")
+        return self
+
+    @model_validator(mode="after")
     def _queries_can_be_read(self) -> Self:
         if self.pdm and self.compile_blocks:
             raise ValueError("compile_blocks hides the queries that pdm compares; expected compile_blocks: false")
@@ -152,6 +158,7 @@ class Pdmbooth(Method):
         from trainers.frozen import encode_texts
 
         self.config, self.data, self.seed, self.backbone = config, config.data, seed, frozen.backbone
+        self.batch_size = config.batch_size
         self._images, self._rows = _in_rows(parts, subject)
         split = self._images.split
         self.examples, self.held_out, self.unreadable = split.train, split.held_out, split.unreadable
@@ -179,7 +186,9 @@ class Pdmbooth(Method):
         rows = self._rows[role]
         if role == "prior":
             return rows.start + shuffled(self.seed, len(rows), turn)
-        return rows.start + self.data.pick(self.examples[rows.start : rows.stop], self.seed, step, turn)
+        return rows.start + self.data.pick(
+            self.examples[rows.start : rows.stop], self.seed, step, turn, self.batch_size
+        )
 
     @override
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:

@@ -180,6 +180,7 @@ class PhotoMakerMethod(Method):
 
         self._images, self._identities = pictures
         self.config, self.data, self.seed, self.backbone = config, config.data, seed, model.backbone
+        self.batch_size = config.batch_size
         self.examples, self.held_out = self._images.split.train, self._images.split.held_out
         self.unreadable = self._images.split.unreadable
         self.photomaker, self._accelerator = model, accelerator

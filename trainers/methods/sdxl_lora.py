@@ -58,6 +58,7 @@ class SdxlLora(Method):
         from trainers.denoising import Denoising
 
         self.config, self.data, self.seed, self.backbone = config, config.data, seed, backbone
+        self.batch_size = config.batch_size
         self.examples, self.held_out = images.split.train, images.split.held_out
         self.unreadable = images.split.unreadable
         self._images, self._texts = images, texts

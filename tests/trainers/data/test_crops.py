@@ -1,8 +1,9 @@
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false
 import pytest
 from PIL import Image
 
 from trainers.data.crops import CENTRED, AspectCrop, CentreCrop
-from trainers.data.transforms import crop_square
+from trainers.data.transforms import cut
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_variants_are_what_training_shows():
 
 @pytest.mark.parametrize(("size", "crop"), [((128, 64), (0, 5)), ((64, 128), (5, 0)), ((256, 128), (0, 5))])
 def test_a_place_is_along_the_long_side_and_in_pixels_of_the_resized_picture(size, crop):
-    image, geometry = crop_square(Image.new("RGB", size), 64, lambda margin: 5)
+    image, geometry = cut(Image.new("RGB", size), (64, 64), lambda margin: 5)
     assert (image.size, geometry.crop) == ((64, 64), crop)
     assert geometry.original == (size[1], size[0])
 
@@ -60,5 +61,5 @@ def test_a_place_is_along_the_long_side_and_in_pixels_of_the_resized_picture(siz
 def test_the_square_holds_what_lies_there():
     image = Image.new("RGB", (200, 100), "black")
     image.paste((255, 255, 255), (30, 0, 130, 100))
-    square, _ = crop_square(image, 100, lambda margin: 30)
+    square, _ = cut(image, (100, 100), lambda margin: 30)
     assert square.getextrema() == ((255, 255),) * 3

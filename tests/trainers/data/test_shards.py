@@ -1,3 +1,4 @@
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false
 import hashlib
 import subprocess
 import sys
@@ -176,7 +177,7 @@ def test_options_that_do_not_fit_are_refused(config, changes, message):
 
 def test_without_a_mix_every_epoch_shows_every_example_once(config):
     examples = config().split().train
-    shown = [config().pick(examples, 0, position // 2, position) for position in range(10)]
+    shown = [config().pick(examples, 0, position // 2, position, 2) for position in range(10)]
     assert sorted(shown[:5]) == sorted(shown[5:]) == list(range(5))
 
 
@@ -186,7 +187,7 @@ def test_a_mix_shows_rare_classes_more_often_and_less_so_as_lambda_grows(config)
     examples = mixed.split().train
 
     def stars(step):
-        shown = Counter(examples[mixed.pick(examples, 0, step, position)].sample.classes for position in range(3000))
+        shown = Counter(examples[mixed.pick(examples, 0, step, position, 2)].sample.classes for position in range(3000))
         return shown["star",] / 3000
 
     assert stars(0) == pytest.approx(1 / 3, abs=0.03)
@@ -210,7 +211,7 @@ def test_uneven_shards_end_and_every_example_is_seen_by_some_rank(config, shards
     examples = data.split().train
     training = SdxlLoraConfig.model_construct(batch_size=2, micro_batch_size=None)
     seen = Counter(
-        data.pick(examples, 0, step, step * 2 + place)
+        data.pick(examples, 0, step, step * 2 + place, 2)
         for step in range(5)
         for rank in range(2)
         for places in split_batch(training, rank, 2)

@@ -1,5 +1,7 @@
 """Shards through frozen work and training."""
 
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false
+
 import pytest
 import torch
 
@@ -73,9 +75,9 @@ def test_the_loop_says_which_step_it_is_at(make, accelerator, tmp_path):
     asked = []
     pick = method.data.pick
 
-    def recording(examples, seed, step, position):
+    def recording(examples, seed, step, position, batch_size):
         asked.append((step, position))
-        return pick(examples, seed, step, position)
+        return pick(examples, seed, step, position, batch_size)
 
     object.__setattr__(method.data, "pick", recording)
     fit(method, config, RunDir(tmp_path / "run"), accelerator)

@@ -1,3 +1,5 @@
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false
 import shutil
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from trainers.batch import Example
 from trainers.cache import Cache, hash_file
-from trainers.data.transforms import crop_square, open_picture
+from trainers.data.transforms import cut, open_picture
 from trainers.errors import DataError, ModelError
 from trainers.frozen import Frozen
 from trainers.matching.masks import FolderMasks, SamMasks, fit_masks, shrink
@@ -117,7 +119,7 @@ def test_a_mask_goes_through_the_pictures_own_resize_and_crop(size, resolution):
     """The white of a black picture is its own mask, wherever it ends up."""
     image = Image.new("RGB", size)
     ImageDraw.Draw(image).rectangle((size[0] // 3, size[1] // 4, size[0] // 2, size[1] // 2), fill="white")
-    cropped, geometry = crop_square(image, resolution)
+    cropped, geometry = cut(image, (resolution, resolution))
     found = fit_masks([image.convert("L")], [geometry], (resolution, resolution), [None])[0, 0]
     shown = torch.from_numpy(np.asarray(cropped.convert("L"), dtype=np.float32)) / 255
     # Two filters smooth an edge differently; nothing may shift.
@@ -131,7 +133,7 @@ def test_a_mask_goes_through_the_pictures_own_resize_and_crop(size, resolution):
 def test_latents_count_by_the_share_of_their_pixels():
     mask = Image.new("L", (64, 64))
     ImageDraw.Draw(mask).rectangle((0, 0, 11, 7), fill=255)
-    _, geometry = crop_square(mask, 64)
+    _, geometry = cut(mask, (64, 64))
     found = fit_masks([mask], [geometry], (8, 8), [None])
     assert found.shape == (1, 1, 8, 8)
     assert found[0, 0, 0, :3].tolist() == [1.0, 0.5, 0.0]
@@ -141,14 +143,14 @@ def test_latents_count_by_the_share_of_their_pixels():
 def test_a_single_pixel_survives():
     mask = Image.new("L", (64, 64))
     mask.putpixel((40, 20), 255)
-    _, geometry = crop_square(mask, 64)
+    _, geometry = cut(mask, (64, 64))
     assert (fit_masks([mask], [geometry], (8, 8), [None]) > 0).sum() == 1
 
 
 def test_a_subject_outside_the_crop_is_an_error_that_names_the_picture(picture):
     mask = Image.new("L", SIZE)
     mask.putpixel((2, 30), 255)
-    _, geometry = crop_square(mask, 64)
+    _, geometry = cut(mask, (64, 64))
     with pytest.raises(DataError, match=r"a\.jpg: the crop to \(64, 64\) leaves nothing"):
         fit_masks([mask], [geometry], (8, 8), [example(picture)])
 
