@@ -159,7 +159,7 @@ def _members(document: Document, place: _Place, sets: Sequence[str] = ()) -> Ite
     if tree.get("foreach") is not None:
         rest = {key: value for key, value in tree.items() if key != "foreach"}
         for one in _subjects(document):
-            filled = {**fill(rest, one), "name": f"{tree.get('name', '')}-{one.slug}"}
+            filled = {**fill(rest, one), "name": f"{_name(document)}-{one.slug}"}
             own = Document(filled, document.origins, document.source)
             yield from _members(own, replace(place, subject=one.name), sets)
     elif "stages" in tree:
@@ -181,12 +181,20 @@ def _subjects(document: Document) -> Sequence[Any]:
         raise ConfigError(f"{document.where(('foreach', 'subject'))}: {error}") from error
 
 
+def _name(document: Document) -> str:
+    """What the studies' names begin with."""
+    name = document.tree.get("name")
+    if not isinstance(name, str):
+        raise ConfigError(f"{document.where(('name',))}: name: got {name!r}; expected a text")
+    return name
+
+
 def _stages(document: Document, sets: Sequence[str], subject: str) -> Iterator[Member]:
     stages = document.tree["stages"]
     if not isinstance(stages, dict) or not stages:
         raise ConfigError(f"{document.where(('stages',))}: stages: got {stages!r}; expected studies by name")
     common = {key: value for key, value in document.tree.items() if key != "stages"}
-    name = str(common.get("name", ""))
+    name = _name(document)
     roots: dict[str, Path] = {}
     for stage, tree in cast("dict[str, Any]", stages).items():
         if not isinstance(tree, dict):

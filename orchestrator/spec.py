@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Never, Self, cast
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 import orchestrator.golden_section  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the kind
@@ -80,12 +80,20 @@ class StudySpec(Config):
 
     @field_validator("search", mode="before")
     @classmethod
-    def _null_is_not_searched(cls, data: Any) -> Any:
+    def _null_is_not_searched(cls, data: Any, info: ValidationInfo) -> Any:
         if data is None:
             return {}
         if not isinstance(data, dict):
             return data
-        return {path: parameter for path, parameter in cast("Tree", data).items() if parameter is not None}
+        search, trial = cast("Tree", data), info.data.get("trial")
+        if isinstance(trial, TrialSpec):
+            tree = trial.model_dump(mode="json")
+            for path in (path for path, parameter in search.items() if parameter is None):
+                try:
+                    _owner(tree, path)
+                except ConfigError as error:
+                    raise ValueError(f"{path}: {error}") from error
+        return {path: parameter for path, parameter in search.items() if parameter is not None}
 
     @property
     def root(self) -> Path:

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.memory [studies/dreambooth.yaml …] [--steps 500] [--batch-size 2]
 
-Each study's template is trained by a process of its own, with every study of `studies/` by default. Device memory is
+Each study's template is trained by a process of its own, with a study of each method by default. Device memory is
 what torch has allocated on CUDA; on a CPU it is the process's resident memory, interpreter and libraries included.
 Growth is the median of the last fifth of the steps less that of the second fifth: the first fills caches. With
 `--set train.gradient_checkpointing=true` and the like, options can be compared.
@@ -30,6 +30,7 @@ from trainers.rundir import RunDir
 from trainers.train import build_accelerator
 
 ROOT = Path(__file__).parents[2]
+METHODS = ("sdxl_lora", "refiner", "dreambooth", "pdmbooth", "ip_adapter", "photomaker")
 RESULTS = Path(__file__).parent / "results"
 MIB = 1 << 20
 
@@ -38,7 +39,7 @@ MIB = 1 << 20
 class Watched(RunDir):
     """A run that notes how much memory is in use whenever something is reported."""
 
-    used: list[int] = field(default_factory=list)
+    used: list[int] = field(default_factory=list[int])
 
     def append(self, event: str, **values: Any) -> None:
         """Note, and report as ever."""
@@ -86,7 +87,7 @@ def main() -> None:
     options = ["--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size)]
     options += [word for value in arguments.set for word in ("--set", value)]
     rows: dict[str, dict[str, float]] = {}
-    for study in arguments.studies or sorted((ROOT / "studies").glob("*.yaml")):
+    for study in arguments.studies or [ROOT / "studies" / f"{method}.yaml" for method in METHODS]:
         command = [sys.executable, "-m", "tests.benchmarks.memory", str(study), "--inside", *options]
         answer = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         rows[study.stem] = json.loads(answer.stdout.splitlines()[-1])

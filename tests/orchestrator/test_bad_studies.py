@@ -15,11 +15,16 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.spec import load_study
+from orchestrator.series import load_series
 from trainers.errors import ConfigError
 
-STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
-EVERY = 11
+STUDIES = [
+    study
+    for study in sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+    if study.stem != "dreambench"  # its folders do not ship, and that they are absent is said first
+]
+HPO = next(study for study in STUDIES if study.stem == "hpo")
+EVERY = 13
 """One mistake in so many is tried; all of them take three minutes."""
 
 Location = tuple[Any, ...]
@@ -86,6 +91,18 @@ def written(folder: Path, study: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
+def _named(location: Location, message: str) -> bool:
+    """Whether the message says where: below `stages`, a stage is a study of its own."""
+    section = location[2:] if location[0] == "stages" else location
+    return len(section) < 2 or any(str(part) in message for part in section[:2])
+
+
+def read(path: Path) -> None:
+    """Every study of a file, as `run` and `plan` do first."""
+    for member in load_series(path).members:
+        member.load()
+
+
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.stem)
 def test_one_mistake_ends_in_one_line_that_says_where_and_what_is_expected(tmp_path: Path, study: Path):
     tree = yaml.safe_load(study.read_text())
@@ -93,12 +110,12 @@ def test_one_mistake_ends_in_one_line_that_says_where_and_what_is_expected(tmp_p
     assert tried
     for mistake in tried:
         with pytest.raises(ConfigError) as raised:
-            load_study(written(tmp_path, study, mistake.tree))
+            read(written(tmp_path, study, mistake.tree))
         message = str(raised.value)
         assert "\n" not in message, (mistake.name, mistake.location)
-        assert message.startswith(str(tmp_path / study.name)), message
+        assert ".yaml" in message.partition(":")[0], message
         assert "expected" in message, message
-        assert len(mistake.location) == 1 or f" {mistake.location[0]}" in message, (mistake.location, message)
+        assert _named(mistake.location, message), (mistake.location, message)
 
 
 _SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8))
@@ -118,7 +135,7 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(tmp_path: Path, data:
     path = written(tmp_path, study, _with(tree, at, data.draw(_TREES)))
     message = ""
     try:
-        load_study(path)
+        read(path)
     except ConfigError as error:
         message = str(error)
     assert len(message.splitlines()) <= 1, message
@@ -129,18 +146,18 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(tmp_path: Path, data:
 def test_any_text_is_read_or_refused_in_one_line(tmp_path: Path, text: str):
     (path := tmp_path / "study.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError) as raised:
-        load_study(path)
+        read(path)
     assert len(str(raised.value).splitlines()) == 1, str(raised.value)
 
 
 @pytest.mark.slow
 def test_the_command_line_says_a_mistake_in_one_line_and_starts_nothing(tmp_path: Path):
-    tried = list(itertools.islice(mistakes(yaml.safe_load(STUDIES[1].read_text())), 3, None, 17))[:15]
+    tried = list(itertools.islice(mistakes(yaml.safe_load(HPO.read_text())), 3, None, 17))[:15]
     assert len(tried) == 15
 
     def call(numbered: tuple[int, Mistake]) -> subprocess.CompletedProcess[str]:
         (folder := tmp_path / str(numbered[0])).mkdir()
-        command = [sys.executable, "-m", "orchestrator", "run", str(written(folder, STUDIES[1], numbered[1].tree))]
+        command = [sys.executable, "-m", "orchestrator", "run", str(written(folder, HPO, numbered[1].tree))]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
     with ThreadPoolExecutor(2) as pool:
