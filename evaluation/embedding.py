@@ -47,10 +47,13 @@ class PictureEncoder(ImageEncoder):
 
     @override
     def embed_references(self, sources: Sequence[Source]) -> Float32[np.ndarray, "n width"]:
+        def compute(source: Source) -> Float32[np.ndarray, " width"]:
+            return self.embed_images([transforms.open_picture(source)])[0]  # it may be judged, too
+
         def row(source: Source) -> Float32[np.ndarray, " width"]:
             content = hashlib.sha256(source.read_bytes()).hexdigest()
             key = digest("clip reference", content, transforms.VERSION, self._state)
-            return self._recall(key, lambda: self._compute_images([transforms.open_picture(source)])[0])
+            return self._recall(key, lambda: compute(source))
 
         return np.stack([row(source) for source in sources])
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from evaluation.encoders import ClipEncoders
 from evaluation.grid import draw_grid
 from evaluation.records import Record, panel, write_records
@@ -20,17 +22,21 @@ from trainers.rundir import Score
 from trainers.sampling import generate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Generator, Mapping, Sequence
     from pathlib import Path
 
     import torch
+    from jaxtyping import Float
     from PIL import Image
 
     from evaluation.config import EvaluateConfig
-    from evaluation.metric import Scorer
+    from evaluation.metric import Metric, Scorer
     from trainers.backbone import Model
     from trainers.batch import Source
     from trainers.rundir import RunDir
+
+    Seen = Mapping[str, Float[np.ndarray, " k"]]
+    """What each scorer remembers of a picture."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +95,17 @@ def evaluate(
         NonFiniteError: A picture came out with NaN or infinite pixels.
     """
     ranks = ranks or Ranks()
-    files = name_files(config.prompts, config.seeds)
+    files = name_files(config.all_prompts, config.seeds)
     share = dict(list(files.items())[ranks.rank :: ranks.world])
+    panels = split_panel(files, config.class_prompts, config.metrics, scorers)
     with _stage(run, "sample", ranks):
         for sample in generate(model, list(share), config):
             _save(sample.image, run.path / share[Request(sample.prompt, sample.seed)])
     with _stage(run, "score", ranks):
-        records: list[Record] = ranks.gather(score(run.path, share, scorers, config.batch_size))
-        places = {file: place for place, file in enumerate(files.values())}
-        records.sort(key=lambda record: places[record.file])
+        records: list[Record] = []
+        for one in panels:
+            seen = ranks.gather(look(run.path, one.only(share), config.batch_size))
+            records += judge(one, dict(seen))
         if ranks.rank == 0:
             write_records(run.records, records)
             pictures = {(record.prompt, f"seed {record.seed}"): run.path / record.file for record in records}
@@ -117,28 +125,67 @@ def name_files(prompts: Sequence[Prompt], seeds: Sequence[int]) -> dict[Request,
     return files
 
 
-def score(folder: Path, files: Mapping[Request, str], scorers: Mapping[str, Scorer], batch_size: int) -> list[Record]:
-    """Judge pictures that lie in `folder`, whoever made them.
+@dataclass(frozen=True)
+class JudgedPanel:
+    """Pictures, and the scorers that judge all of them together."""
+
+    files: Mapping[Request, str]
+    scorers: Mapping[str, Scorer]
+
+    def only(self, share: Collection[Request]) -> JudgedPanel:
+        """The part that one rank looks at."""
+        return JudgedPanel({one: file for one, file in self.files.items() if one in share}, self.scorers)
+
+
+def split_panel(
+    files: Mapping[Request, str],
+    class_prompts: Collection[Prompt],
+    metrics: Mapping[str, Metric],
+    scorers: Mapping[str, Scorer],
+) -> list[JudgedPanel]:
+    """What is judged by the metrics of the subject, and what by those of its class; without a part that is empty."""
+    found: list[JudgedPanel] = []
+    for of_class in (False, True):
+        own = {one: file for one, file in files.items() if (one.prompt in class_prompts) is of_class}
+        judges = {name: scorer for name, scorer in scorers.items() if metrics[name].of_class is of_class}
+        if own and judges:
+            found.append(JudgedPanel(own, judges))
+    return found
+
+
+def look(folder: Path, panel: JudgedPanel, batch_size: int) -> list[tuple[str, Seen]]:
+    """Read each picture once, in batches; its file, and what each scorer remembers of it.
 
     Raises:
         DataError: A picture cannot be read.
     """
-    records: list[Record] = []
-    requests = list(files)
+    found: list[tuple[str, Seen]] = []
+    requests = list(panel.files)
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
-        samples = [Sample(request.prompt, request.seed, open_picture(folder / files[request])) for request in batch]
-        columns = {name: scorer.values(samples) for name, scorer in scorers.items()}
-        records += [
-            Record(
-                prompt=str(request.prompt),
-                seed=request.seed,
-                file=files[request],
-                values={name: column[row] for name, column in columns.items()},
-            )
-            for row, request in enumerate(batch)
-        ]
-    return records
+        samples = [Sample(one.prompt, one.seed, open_picture(folder / panel.files[one])) for one in batch]
+        columns = {name: scorer.look(samples) for name, scorer in panel.scorers.items()}
+        for row, request in enumerate(batch):
+            found.append((panel.files[request], {name: column[row] for name, column in columns.items()}))
+    return found
+
+
+def judge(panel: JudgedPanel, seen: Mapping[str, Seen]) -> list[Record]:
+    """Every picture's record, in the panel's order, of what was `seen` on it by whomever."""
+    requests = list(panel.files)
+    columns = {
+        name: scorer.judge(requests, np.stack([seen[file][name] for file in panel.files.values()]))
+        for name, scorer in panel.scorers.items()
+    }
+    return [
+        Record(
+            prompt=str(request.prompt),
+            seed=request.seed,
+            file=panel.files[request],
+            values={name: column[row] for name, column in columns.items()},
+        )
+        for row, request in enumerate(requests)
+    ]
 
 
 def _summarise(values: Mapping[tuple[str, int], float], model: str, *, higher_is_better: bool) -> Score:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evaluation.evaluate import score
+from typing_extensions import override
+
+from evaluation.evaluate import judge, look, split_panel
+from evaluation.metric import PictureScorer, Scorer
 from evaluation.records import Record, panel
 from evaluation.statistics import estimate
+from trainers.prompt import Prompt, Request, Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Collection, Mapping, Sequence
 
-    from evaluation.metric import Encoders, Metric, Scorer
+    from evaluation.metric import Encoders, Metric
     from trainers.batch import Source
-    from trainers.prompt import Request
 
 _BATCH = 16
 """Pictures that are embedded together."""
@@ -32,6 +35,8 @@ class Subject:
     """Absolute paths."""
     references: Sequence[Source] = ()
     """Real pictures of it. None of `pictures` is compared with itself."""
+    class_prompts: Collection[Prompt] = ()
+    """Prompts among those of `pictures` that name its class and not it."""
 
 
 class SubjectRecord(Record):
@@ -47,32 +52,45 @@ def score_subject(subject: Subject, metrics: Mapping[str, Metric], encoders: Enc
         ModelError: A scoring model is missing or broken.
         DataError: A metric needs references and there are none, or a picture cannot be read.
     """
-    shared = {name: metric.open(encoders, subject.references) for name, metric in metrics.items()}
-    own = {request for request, file in subject.pictures.items() if file in subject.references}
-    records: dict[Request, Record] = {}
-    others = {request: str(file) for request, file in subject.pictures.items() if request not in own}
-    if others:
-        records |= dict(zip(others, _score(others, shared), strict=True))
-    for request in own:
-        file = subject.pictures[request]
-        without = [source for source in subject.references if source != file]
-        scorers = {
-            name: metric.open(encoders, without) if metric.needs_references else shared[name]
-            for name, metric in metrics.items()
-        }
-        records[request] = _score({request: str(file)}, scorers)[0]
-    return [SubjectRecord(subject=subject.name, **dict(records[request])) for request in subject.pictures]
+    scorers = {name: _open(metric, subject, encoders) for name, metric in metrics.items()}
+    files = {request: str(file) for request, file in subject.pictures.items()}
+    records: list[Record] = []
+    for one in split_panel(files, subject.class_prompts, metrics, scorers):
+        records += judge(one, dict(look(Path("/"), one, _BATCH)))
+    return [SubjectRecord(subject=subject.name, **dict(record)) for record in records]
 
 
-def _score(files: Mapping[Request, str], scorers: Mapping[str, Scorer]) -> list[Record]:
-    from pathlib import Path
+def _open(metric: Metric, subject: Subject, encoders: Encoders) -> Scorer:
+    """A scorer that compares none of the pictures with itself."""
+    shared = metric.open(encoders, subject.references)
+    if not metric.needs_references:
+        return shared
+    own = {request: file for request, file in subject.pictures.items() if file in subject.references}
+    without = {
+        request: metric.open(encoders, [source for source in subject.references if source != file])
+        for request, file in own.items()
+    }
+    return _LeaveOneOut(shared, without) if without else shared
 
-    return score(Path("/"), files, scorers, _BATCH)
+
+class _LeaveOneOut(PictureScorer):
+    """Compares pictures that are references themselves with the others."""
+
+    def __init__(self, shared: Scorer, without: Mapping[Request, Scorer]) -> None:
+        self.model = shared.model
+        self._shared, self._without = shared, without
+
+    @override
+    def values(self, samples: Sequence[Sample]) -> list[float]:
+        return [
+            self._without.get(Request(sample.prompt, sample.seed), self._shared).values([sample])[0]
+            for sample in samples
+        ]
 
 
 def subject_panel(records: Sequence[SubjectRecord], metric: str) -> dict[tuple[str, int], float]:
     """One metric's value for each (subject and prompt, seed): equal prompts of two subjects are two prompts."""
-    return {(f"{one.subject}: {one.prompt}", one.seed): one.values[metric] for one in records}
+    return {(f"{one.subject}: {one.prompt}", one.seed): one.values[metric] for one in records if metric in one.values}
 
 
 def summarise(records: Sequence[SubjectRecord], metrics: Sequence[str]) -> str:

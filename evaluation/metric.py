@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from PIL import Image
 from typing_extensions import override
 
 from trainers.batch import Source
 from trainers.config import Choice
 from trainers.errors import DataError
-from trainers.prompt import Sample
+from trainers.prompt import Request, Sample
 
 
 class ImageEncoder(ABC):
@@ -62,17 +62,42 @@ class Encoders(ABC):
 
 
 class Scorer(ABC):
-    """A metric with its models in memory."""
+    """A metric with its models in memory. It looks at pictures as they come by, and judges when all were seen."""
 
     model: str
     """Name and content hash of whatever makes the numbers."""
 
     @abstractmethod
+    def look(self, samples: Sequence[Sample]) -> Float[np.ndarray, "n k"]:
+        """What is remembered of each of one or more pictures; it depends on nothing but the picture and its prompt."""
+
+    @abstractmethod
+    def judge(self, requests: Sequence[Request], seen: Float[np.ndarray, "n k"]) -> list[float]:
+        """One raw value for each picture of the whole panel, of which `seen` is remembered; NaN where there is none."""
+
+    def values(self, samples: Sequence[Sample]) -> list[float]:
+        """The same for a panel that is at hand in one piece."""
+        return self.judge([Request(sample.prompt, sample.seed) for sample in samples], self.look(samples))
+
+
+class PictureScorer(Scorer):
+    """A scorer whose value of a picture has nothing to do with other pictures."""
+
+    @abstractmethod
+    @override
     def values(self, samples: Sequence[Sample]) -> list[float]:
         """One raw value per sample; NaN where the metric has none."""
 
+    @override
+    def look(self, samples: Sequence[Sample]) -> Float[np.ndarray, "n 1"]:
+        return np.array(self.values(samples), np.float64)[:, None]
 
-class PromptScorer(Scorer):
+    @override
+    def judge(self, requests: Sequence[Request], seen: Float[np.ndarray, "n 1"]) -> list[float]:
+        return seen[:, 0].tolist()
+
+
+class PromptScorer(PictureScorer):
     """Cosine between a picture and its full prompt, or what that says the picture `shows`; never clipped."""
 
     def __init__(self, encoder: Encoder) -> None:
@@ -86,7 +111,7 @@ class PromptScorer(Scorer):
         return (images * prompts).sum(axis=1).tolist()
 
 
-class ReferenceScorer(Scorer):
+class ReferenceScorer(PictureScorer):
     """Mean cosine between a picture and every reference.
 
     Over a whole panel this is DreamBooth's mean over all generated x real pairs (Ruiz et al., 2022, arXiv:2208.12242);
@@ -110,6 +135,8 @@ class Metric(Choice):
     higher_is_better: ClassVar[bool] = True
     needs_references: ClassVar[bool] = False
     """Whether it compares with held-out pictures."""
+    of_class: ClassVar[bool] = False
+    """Whether it judges the pictures of `class_prompts`, and no others."""
 
     @abstractmethod
     def check(self) -> None:

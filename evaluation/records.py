@@ -16,7 +16,7 @@ class Record(Config):
     file: str
     """Path of the picture, relative to the run directory."""
     values: dict[str, Measured]
-    """Raw value of each metric, by the metric's name; undefined is NaN, and `null` in the file."""
+    """Raw value of each metric that judges such pictures; undefined is NaN, and `null` in the file."""
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
@@ -36,5 +36,5 @@ def read_records(path: Path) -> list[Record]:
 
 
 def panel(records: Iterable[Record], metric: str) -> dict[tuple[str, int], float]:
-    """One metric's value for each (prompt, seed), as `evaluation.statistics` takes them."""
-    return {(record.prompt, record.seed): record.values[metric] for record in records}
+    """One metric's value for each (prompt, seed) that it judges, as `evaluation.statistics` takes them."""
+    return {(one.prompt, one.seed): one.values[metric] for one in records if metric in one.values}

@@ -45,20 +45,28 @@ class Reporter:
 
     def look(self, method: Method, step: int) -> None:
         """Draw and score the panel; ranks share the work."""
+        import numpy as np
+
         from trainers.sampling import generate
 
-        scorers = self.scorers(method.held_out, method.model.device)
+        opened = self.scorers(method.held_out, method.model.device)
+        scorers = {name: one for name, one in opened.items() if not self._config.metrics[name].of_class}
         prompts = self._config.prompts[: self._report.prompts]
         seeds = self._config.seeds[: self._report.seeds]
         requests = [Request(prompt, seed) for prompt in prompts for seed in seeds]
         with self._autocast():
             samples = list(generate(method.model, requests[self._ranks.rank :: self._ranks.world], self._config))
         keys = [(str(sample.prompt), sample.seed) for sample in samples]
-        columns = {name: scorer.values(samples) if samples else [] for name, scorer in scorers.items()}
+        columns = {name: scorer.look(samples) for name, scorer in scorers.items()} if samples else {}
         rows = [(key, {name: column[row] for name, column in columns.items()}) for row, key in enumerate(keys)]
-        found = dict(self._ranks.gather(rows))
+        seen = dict(self._ranks.gather(rows))
         if self._ranks.rank != 0:
             return
+        found: dict[tuple[str, int], dict[str, float]] = {(str(one.prompt), one.seed): {} for one in requests}
+        for name, scorer in scorers.items():
+            values = scorer.judge(requests, np.stack([seen[key][name] for key in found]))
+            for key, value in zip(found, values, strict=True):
+                found[key][name] = value
         means = {name: [_mean([found[str(p), seed][name] for seed in seeds]) for p in prompts] for name in scorers}
         self._run.append(
             "report", step=step, scores={name: _mean(values) for name, values in means.items()}, prompts=means

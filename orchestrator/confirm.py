@@ -1,12 +1,14 @@
-"""Is the winner really better? The winner, the study's defaults and the untrained base on seeds that no trial saw.
+"""Which trial really is the best? The few best of a study, its defaults and the untrained base on seeds no trial saw.
 
-The largest of many noisy values is partly luck, so the winner is judged again, on prompts of the panel with fresh
-seeds, next to the base and to the first trial. All three draw the same (prompt, seed) pairs: differences are paired.
+The largest of many noisy values is partly luck: the best few are scored again, on prompts of the panel with fresh
+seeds, and the best there wins. All draw the same (prompt, seed) pairs: differences are paired.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import sys
 import time
 from dataclasses import dataclass
@@ -14,52 +16,78 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.launcher import Job, JobState
+from orchestrator.panels import picture_values
 from orchestrator.spec import StudySpec, TrialSpec
+from orchestrator.tables import best_trial
+from orchestrator.tracker import Evidence
+from orchestrator.views import run_dir
 from trainers.config import Config
-from trainers.errors import LaunchError
+from trainers.errors import LaunchError, StorageError
 from trainers.rundir import Measured, RunDir, freeze, thaw, write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from evaluation.records import Record
+    from evaluation.statistics import Panel
+    from orchestrator.tracker import TrialView
+
 
 _FRESH = 1_000_003
 """Added to fresh seeds; trials use small ones."""
 
 
-class Advantage(Config):
-    """How much better the winner is than another contestant: a paired difference with its 95 % interval."""
+class Standing(Config):
+    """How one contestant did on fresh seeds."""
 
-    mean: Measured
+    name: str
+    """`trial 7`, `base` for the model before training, or `defaults` for the first trial if it is no candidate."""
+    trial: int | None
+    """Its number; null is the base, which samples as the first candidate does."""
+    value: Measured
+    """The objective."""
+    difference: Measured
+    """Its value minus the winner's on the same prompts and seeds; 0 for the winner."""
     low: Measured
+    """Lower end of the 95 % interval of the difference."""
     high: Measured
+
+    @property
+    def verdict(self) -> str:
+        """Whether the winner is really better, in a few words."""
+        if self.high < 0:
+            return "worse"
+        return "better" if self.low > 0 else "not clearly different"
 
 
 class Confirmation(Config):
-    """The objective of each contestant on fresh seeds, and the winner's advantage over the others."""
+    """The objective of each contestant on fresh seeds."""
 
     winner: int
-    """The winner's trial number."""
+    """Number of the candidate that is the best there."""
     num_samples: int
     """Pictures of each contestant."""
-    values: dict[str, Measured]
-    """winner, base and, unless they failed, defaults: the objective's value. The base samples as the winner does."""
-    advantages: dict[str, Advantage]
-    """Over the base and over the defaults."""
+    standings: tuple[Standing, ...]
+    """Candidates from the best to the worst on fresh seeds, then the defaults, unless they failed, and the base."""
+
+    def evidence(self, contest: Contest) -> Evidence:
+        """What trackers are told."""
+        values = {one.trial: one.value for one in self.standings if one.trial is not None}
+        return Evidence(self.winner, values, (contest.file, contest.table, contest.picture))
 
 
 @dataclass(frozen=True)
 class Contest:
-    """A confirmation that is wanted: the study, the winner's number, and where everything is written."""
+    """A confirmation that is wanted: the study, its best trials' numbers, and where everything is written."""
 
     spec: StudySpec
-    winner: int
+    candidates: tuple[int, ...]
+    """From the best to the worst in the study."""
 
     @property
     def run(self) -> RunDir:
-        """One directory per winner and number of seeds, so that a finished confirmation is found again."""
-        return RunDir(self.spec.root / "confirm" / f"{self.winner:04d}-{self.spec.confirm_seeds}")
+        """One directory per candidates and number of seeds, so that a finished confirmation is found again."""
+        names = "-".join(f"{number:04d}" for number in self.candidates)
+        return RunDir(self.spec.root / "confirm" / f"{names}_{self.spec.confirm_seeds}")
 
     @property
     def file(self) -> Path:
@@ -67,13 +95,46 @@ class Contest:
         return self.run.path / "confirmation.json"
 
     @property
+    def table(self) -> Path:
+        """The same as a table: a line a contestant."""
+        return self.run.path / "confirmation.csv"
+
+    @property
     def picture(self) -> Path:
-        """What tuning did, for people to look at: base, defaults and winner side by side, a row per prompt."""
+        """What tuning did, for people to look at: all contestants side by side, a row per prompt."""
         return self.run.path / "comparison.png"
 
 
+def find_contest(spec: StudySpec, trials: Sequence[TrialView]) -> Contest:
+    """The contest of the study's best trials as they are now.
+
+    Raises:
+        StorageError: No trial has been scored yet.
+    """
+    left, found = list(trials), [best_trial(spec, trials)[0]]
+    while len(found) < spec.confirm_top:
+        left.remove(found[-1])
+        try:
+            found.append(best_trial(spec, left)[0])
+        except StorageError:
+            break
+    return Contest(spec, tuple(trial.number for trial in found))
+
+
+def winning_trial(spec: StudySpec, trials: Sequence[TrialView]) -> tuple[TrialView, float]:
+    """The best trial on fresh seeds if that was asked, else in the study, and its value in the study.
+
+    Raises:
+        StorageError: No trial has been scored yet.
+    """
+    found = read_confirmation(find_contest(spec, trials))
+    if found is None:
+        return best_trial(spec, trials)
+    return best_trial(spec, [trial for trial in trials if trial.number == found.winner])
+
+
 def confirm(contest: Contest) -> Confirmation:
-    """Judge the winner again, as a job of the study's launcher; at once if that was done before.
+    """Judge the best trials again, as a job of the study's launcher; at once if that was done before.
 
     Raises:
         LaunchError: The job ended without an answer.
@@ -82,7 +143,9 @@ def confirm(contest: Contest) -> Confirmation:
         _run_job(contest)
     found = read_confirmation(contest)
     if found is None:
-        raise LaunchError(f"{contest.run.path}: got no answer; expected the winner's comparison; see {contest.run.log}")
+        raise LaunchError(
+            f"{contest.run.path}: got no answer; expected the best trials compared; see {contest.run.log}"
+        )
     return found
 
 
@@ -95,7 +158,7 @@ def read_confirmation(contest: Contest) -> Confirmation | None:
 
 def _run_job(contest: Contest) -> None:
     spec, run = contest.spec, contest.run
-    tree = {"study": spec.model_dump(mode="json"), "winner": contest.winner}
+    tree = {"study": spec.model_dump(mode="json"), "candidates": list(contest.candidates)}
     text, digest = freeze(tree)
     write_atomically(run.trial, text)
     launcher = spec.launcher.alone()
@@ -113,38 +176,65 @@ def fresh_seeds(count: int) -> tuple[int, ...]:
     return tuple(range(_FRESH, _FRESH + count))
 
 
-def _values(records: Sequence[Record], spec: StudySpec) -> dict[tuple[str, int], float]:
-    """The objective of every picture by (prompt, seed)."""
-    signs = spec.trial.evaluate.higher_is_better
-    return {(record.prompt, record.seed): spec.objective.sample_values(record.values, signs)[0] for record in records}
-
-
 def _judge(contest: Contest) -> Confirmation:
     """Inside the job: draw and score every contestant."""
     from evaluation.grid import draw_grid
     from evaluation.records import read_records
-    from evaluation.statistics import estimate, paired_difference
 
     spec = contest.spec
-    values: dict[str, dict[tuple[str, int], float]] = {}
+    contestants: dict[str, int] = {f"trial {number}": number for number in contest.candidates}
+    if 0 not in contest.candidates:
+        contestants["defaults"] = 0
+    contestants["base"] = contest.candidates[0]
+    panels: dict[str, dict[tuple[str, int], float]] = {}
     pictures: dict[tuple[str, str], Path] = {}
-    for name, number in {"base": contest.winner, "defaults": 0, "winner": contest.winner}.items():
-        run, trial = RunDir(contest.run.path / name), RunDir(spec.root / "trials" / f"{number:04d}")
+    for name, number in contestants.items():
+        run, trial = RunDir(contest.run.path / name.replace(" ", "-")), run_dir(spec.root, number)
         if not trial.result.exists():  # the defaults failed: there is nothing to compare with
             continue
         frozen = TrialSpec.model_validate(thaw(trial.trial))
         _draw(spec, frozen, trial.adapter if name != "base" else None, run)
         records = read_records(run.records)
-        values[name] = _values(records, spec)
+        panels[name] = picture_values(spec, records)
         pictures |= {(r.prompt, name): run.path / r.file for r in records if r.seed == _FRESH}
     draw_grid(pictures).save(contest.picture)
-    gains = {name: paired_difference(values["winner"], panel) for name, panel in values.items() if name != "winner"}
-    return Confirmation(
-        winner=contest.winner,
-        num_samples=len(values["winner"]),
-        values={name: estimate(panel).mean for name, panel in values.items()},
-        advantages={name: Advantage(mean=gain.mean, low=gain.low, high=gain.high) for name, gain in gains.items()},
+    return stand(contest, panels)
+
+
+def stand(contest: Contest, panels: Mapping[str, Panel]) -> Confirmation:
+    """The standings of what was measured, by contestants' names; candidates are `trial N`."""
+    from evaluation.statistics import estimate, paired_difference, rank_panels
+
+    numbers: dict[str, int | None] = {f"trial {number}": number for number in contest.candidates}
+    ranked = rank_panels({name: panels[name] for name in numbers})
+    first = next(iter(ranked))
+    others = {name: panel for name, panel in panels.items() if name not in ranked}
+    differences = ranked | {name: paired_difference(panel, panels[first]) for name, panel in others.items()}
+    standings = tuple(
+        Standing(
+            name=name,
+            trial=numbers.get(name, 0 if name == "defaults" else None),
+            value=estimate(panels[name]).mean,
+            difference=found.mean,
+            low=found.low,
+            high=found.high,
+        )
+        for name, found in differences.items()
     )
+    winner = numbers[first]
+    assert winner is not None
+    return Confirmation(winner=winner, num_samples=len(panels[first]), standings=standings)
+
+
+def _write_table(contest: Contest, found: Confirmation) -> None:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["contestant", "value", "minus_winner", "low", "high", "verdict"])
+    for one in found.standings:
+        numbers = (one.value, one.difference, one.low, one.high)
+        verdict = "winner" if one.trial == found.winner else one.verdict
+        table.writerow([one.name, *(f"{number:.6f}" for number in numbers), verdict])
+    write_atomically(contest.table, text.getvalue())
 
 
 def _draw(spec: StudySpec, frozen: TrialSpec, adapter: Path | None, run: RunDir) -> None:
@@ -167,8 +257,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sha256", required=True, help="hash that trial.yaml must have")
     options = parser.parse_args(argv)
     tree = thaw(RunDir(options.run_dir).trial, options.sha256)
-    contest = Contest(StudySpec.model_validate(tree["study"]), tree["winner"])
-    write_atomically(contest.file, _judge(contest).model_dump_json(indent=2) + "\n")
+    contest = Contest(StudySpec.model_validate(tree["study"]), tuple(tree["candidates"]))
+    found = _judge(contest)
+    _write_table(contest, found)
+    write_atomically(contest.file, found.model_dump_json(indent=2) + "\n")
     return 0
 
 

@@ -22,7 +22,7 @@ from orchestrator.database import open_database
 from orchestrator.failures import failure_file, read_failure
 from orchestrator.front import front
 from orchestrator.progress import Picture, Progress, objectives, plain, read_news, scores
-from orchestrator.tracker import StudyView, TrialView
+from orchestrator.tracker import Evidence, StudyView, TrialView
 from trainers.errors import StorageError, TrackerError
 from trainers.rundir import RunDir, RunResult, thaw
 
@@ -110,6 +110,17 @@ class Mirror:
         if ended != self._parent.ended:
             self._client.update_run(self._parent.run_id, status="FINISHED" if ended else "RUNNING")
             self._parent.ended = ended
+
+    def send_evidence(self, evidence: Evidence) -> None:
+        """Send what fresh seeds said: `objective_fresh` to the best trials, files and the winner to the study."""
+        folder, written = evidence.files[0].parent.name, int(evidence.files[0].stat().st_mtime * 1000)
+        if self._parent.tags.get("confirmed") == folder:
+            return
+        for number, value in evidence.values.items():
+            self._send(self._children[number], metrics=[_metric("objective_fresh", value, written)])
+        for file in evidence.files:
+            self._client.log_artifact(self._parent.run_id, str(file), "confirmation")
+        self._send(self._parent, tags={"winner": str(evidence.winner), "confirmed": folder})
 
     def _update_trial(self, child: _Child, trial: TrialView) -> None:
         if "trial_sha256" not in child.tags and trial.run.trial.exists():

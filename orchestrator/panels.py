@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 from evaluation.records import read_records
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from evaluation.records import Record
     from orchestrator.spec import StudySpec
     from trainers.rundir import RunDir
 
@@ -30,9 +33,26 @@ def prompt_values(spec: StudySpec, run: RunDir) -> list[float | None]:
     """
     if not run.records.exists():
         return []
-    signs = spec.trial.evaluate.higher_is_better
     values: dict[str, list[float]] = {}
-    for record in read_records(run.records):
-        value = spec.objective.sample_values(record.values, signs)[0]
-        values.setdefault(record.prompt, []).extend([] if math.isnan(value) else [value])
+    for (prompt, _), value in picture_values(spec, read_records(run.records)).items():
+        values.setdefault(prompt, []).extend([] if math.isnan(value) else [value])
     return [math.fsum(found) / len(found) if found else None for found in values.values()]
+
+
+def picture_values(spec: StudySpec, records: Sequence[Record]) -> dict[tuple[str, int], float]:
+    """The objective's first value of every picture by (prompt, seed); its mean over the panel is the trial's.
+
+    A score that some prompts alone have (those of a subject's class) counts there for all: a panel of which they are a
+    fifth weighs it five times. Pictures that the objective says nothing of are left out.
+    """
+    parts, signs = list(spec.objective.parts().values()), spec.trial.evaluate.higher_is_better
+    prompts = {name: {record.prompt for record in records if name in record.values} for name in parts[0]}
+    nothing = {name: 0.0 for part in parts for name in part}
+    count = len(set[str]().union(*prompts.values()))
+    values: dict[tuple[str, int], float] = {}
+    for record in records:
+        measured = [name for name in prompts if name in record.values]
+        if measured:
+            shares = {name: record.values[name] * (count / len(prompts[name])) for name in measured}
+            values[record.prompt, record.seed] = spec.objective.sample_values(nothing | shares, signs)[0]
+    return values

@@ -206,7 +206,7 @@ def _disk(spec: StudySpec, sizes: list[int]) -> tuple[int, str]:
     if sizes:
         return max(sizes), f"{human(max(sizes))}, the largest finished one"
     evaluate = spec.trial.evaluate
-    pictures = len(evaluate.prompts) * len(evaluate.seeds) * 2 * evaluate.resolution**2 * 3  # and once in the grid
+    pictures = len(evaluate.all_prompts) * len(evaluate.seeds) * 2 * evaluate.resolution**2 * 3  # and once in the grid
     if spec.shares_training or spec.trial.adapter:
         return pictures, f"pictures of at most {human(pictures)}"
     trained = max(_training_disk(spec, corner) for corner in _extremes(spec))

@@ -15,7 +15,7 @@ from orchestrator.complaints import config_error
 from orchestrator.spec import TrialSpec
 from orchestrator.yaml import Document, load
 from trainers.errors import ConfigError, DataError
-from trainers.prompt import Request
+from trainers.prompt import Prompt, Request
 from trainers.rundir import RunDir, thaw
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Folder:
     subject: str
     pictures: Mapping[Request, Path]
     references: Sequence[Source]
+    class_prompts: Sequence[Prompt] = ()
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _references(wanted: Wanted, name: str, folder: Path, *, count: int) -> tuple
 def _of_trial(folder: Path, trial: TrialSpec) -> Folder:
     """A trial's own samples, and what it held out."""
     run = RunDir(folder)
-    by_name = {str(prompt): prompt for prompt in trial.evaluate.prompts}
+    by_name = {str(prompt): prompt for prompt in trial.evaluate.all_prompts}
     pictures = {Request(by_name[one.prompt], one.seed): folder / one.file for one in read_records(run.records)}
     references = trial.train.data.split().held_out if trial.evaluate.needs_references else ()
-    return Folder("trial", pictures, references)
+    return Folder("trial", pictures, references, trial.evaluate.class_prompts)

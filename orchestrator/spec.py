@@ -76,7 +76,10 @@ class StudySpec(Config):
     """Where trials and their values are kept; null is `study.db` in the study's folder."""
     limits: Limits = Limits()
     confirm_seeds: int = Field(default=4, ge=0)
-    """Fresh seeds per prompt on which winner, defaults and base are compared at the end; 0 is no comparison."""
+    """Fresh seeds per prompt on which the best trials, the defaults and the base are compared at the end; 0 is no
+    comparison."""
+    confirm_top: int = Field(default=3, ge=1)
+    """How many of the best trials are scored again on fresh seeds; the best of them there wins."""
 
     @field_validator("search", mode="before")
     @classmethod
@@ -225,6 +228,10 @@ class StudySpec(Config):
         if self.pruner.needs_reports and report is None:
             message = f"got {self.pruner.model_dump()['kind']} without trial.report; expected when and on what to judge"
             _reject(("pruner",), self.pruner.model_dump(), message)
+        metrics = self.trial.evaluate.metrics
+        if report is not None and (late := [n for n in self.objective.scores_needed() if metrics[n].of_class]):
+            message = f"got score {late[0]!r}, which reports do not have; expected an objective without, or no report"
+            _reject(("trial", "report"), None, message)
         if report is not None and report.every >= (longest := self._longest()):
             message = f"got {report.every} for trials of at most {longest} steps; expected less, or no report"
             _reject(("trial", "report", "every"), report.every, message)

@@ -7,7 +7,7 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from orchestrator.confirm import Contest, read_confirmation
+from orchestrator.confirm import find_contest, read_confirmation, winning_trial
 from orchestrator.front import feasible
 from orchestrator.ledger import has_study, read_trials
 from orchestrator.search import FloatParameter
@@ -71,10 +71,9 @@ def _find(member: Member) -> Found | None:
     spec, _ = member.load()
     if not has_study(spec) or len(spec.objective.names) > 1:
         return None
-    allowed = feasible(trials := read_trials(spec))
-    if not allowed:
+    if not feasible(trials := read_trials(spec)):
         return None
-    (value, *_), winner = allowed[0]
+    winner, value = winning_trial(spec, trials)
     scored = [trial for trial in trials if trial.state == "COMPLETE"]
     return Found(member.subject or member.name, spec, scored, winner, value)
 
@@ -99,9 +98,15 @@ def _row(found: Found) -> Iterator[tuple[str, object]]:
     for name, score in (result.scores if result else {}).items():
         yield name, score.mean
         yield f"{name} standard error", score.standard_error
-    confirmation = read_confirmation(Contest(found.spec, found.winner.number))
-    for name, gain in (confirmation.advantages if confirmation else {}).items():
-        yield from {f"gain over {name}": gain.mean, f"{name} low": gain.low, f"{name} high": gain.high}.items()
+    confirmation = read_confirmation(find_contest(found.spec, found.scored))
+    for one in confirmation.standings if confirmation else ():
+        name = {None: "base", 0: "defaults"}.get(one.trial)
+        if name and one.trial != found.winner.number:
+            yield from {
+                f"gain over {name}": -one.difference,
+                f"{name} low": -one.high,
+                f"{name} high": -one.low,
+            }.items()
 
 
 def strip(group: Sequence[Found]) -> Mapping[tuple[str, str], Path]:

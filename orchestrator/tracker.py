@@ -1,7 +1,7 @@
 """What a tracker is: somewhere else to look at a study. The files in the run directories stay the truth."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +12,18 @@ from trainers.rundir import RunDir
 
 FINAL_STATES = frozenset({"COMPLETE", "PRUNED", "FAIL"})
 """Optuna's names of the states in which a trial changes no more."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was found out about a study's best trials after its end."""
+
+    winner: int
+    """The best trial's number."""
+    values: Mapping[int, float]
+    """The objective on fresh seeds, by trial."""
+    files: tuple[Path, ...]
+    """Tables and pictures, in a folder of their own."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,8 @@ class StudyView:
     """Counted trials at which the study is complete."""
     value_names: tuple[str, ...] = ("value",)
     """Names of the objective's values; larger is better in each."""
+    evidence: Evidence | None = None
+    """Once it is there."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from orchestrator.tracker import StudyView, TrialView
+from orchestrator.tracker import Evidence, StudyView, TrialView
 from trainers.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ def run_dir(root: Path, number: int) -> RunDir:
     return RunDir(root / "trials" / f"{number:04d}")
 
 
-def study_view(spec: StudySpec, study: optuna.Study) -> StudyView:
-    """What does not change while a study runs."""
+def study_view(spec: StudySpec, study: optuna.Study, evidence: Evidence | None = None) -> StudyView:
+    """What does not change while a study runs, and what was found out at its end."""
     text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     known: list[dict[str, str]] = study.user_attrs.get("versions", [])
     tags = {f"version.{package}": version for package, version in known[-1].items()} if known else {}
@@ -39,6 +39,7 @@ def study_view(spec: StudySpec, study: optuna.Study) -> StudyView:
         tags={**tags, "config_sha256": hashlib.sha256(text.encode()).hexdigest()},
         num_trials=spec.num_trials,
         value_names=spec.objective.names,
+        evidence=evidence,
     )
 
 

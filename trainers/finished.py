@@ -21,12 +21,13 @@ _UP = re.compile(r"\.lora(?:_B|\.up)\.weight$")
 Shape = tuple[int, ...]
 
 
-def check_finished(config: TunedConfig, folder: Path) -> None:
+def check_finished(config: TunedConfig, folder: Path, *, any_size: bool = False) -> None:
     """Find out whether what lies in `folder` was trained as `config` says, on the model that it names.
 
     Args:
         config: The method, with its backbone and the size of its adapter.
         folder: As `Method.export` writes it: a LoRA file, or a folder for each network that was trained whole.
+        any_size: Whether an adapter of another rank will do.
 
     Raises:
         ModelError: Something is missing, of another model, or of another rank.
@@ -41,11 +42,10 @@ def check_finished(config: TunedConfig, folder: Path) -> None:
     adapted = {
         name.removeprefix(f"{denoiser}."): shape for name, shape in read_shapes(file) if name.startswith(f"{denoiser}.")
     }
-    _check_layers(file, adapted, shapes, config)
+    _check_layers(file, adapted, shapes, None if any_size else config.lora.rank)
 
 
-def _check_layers(file: Path, adapted: Mapping[str, Shape], shapes: Mapping[str, Shape], config: TunedConfig) -> None:
-    assert config.lora is not None
+def _check_layers(file: Path, adapted: Mapping[str, Shape], shapes: Mapping[str, Shape], rank: int | None) -> None:
     down = {_DOWN.sub("", name): shape for name, shape in adapted.items() if _DOWN.search(name)}
     up = {_UP.sub("", name): shape for name, shape in adapted.items() if _UP.search(name)}
     if not down or down.keys() != up.keys():
@@ -62,9 +62,9 @@ def _check_layers(file: Path, adapted: Mapping[str, Shape], shapes: Mapping[str,
                 f"{file}: adapts {layer} of {size[0]} x {size[1]} numbers, {has}; expected an adapter that was "
                 "trained on the model of train.backbone"
             )
-        if down[layer][0] != config.lora.rank:
+        if rank is not None and down[layer][0] != rank:
             raise ModelError(
-                f"{file}: has rank {down[layer][0]} and train.lora.rank is {config.lora.rank}; set it to "
+                f"{file}: has rank {down[layer][0]} and train.lora.rank is {rank}; set it to "
                 f"{down[layer][0]}, or name another adapter"
             )
 

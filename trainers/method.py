@@ -237,12 +237,13 @@ class MethodConfig(Choice):
         if self.samples:
             self.samples.check_model(self.backbone)
 
-    def check_finished(self, folder: Path, *, weak: bool) -> None:
+    def check_finished(self, folder: Path, *, weak: bool, any_size: bool = False) -> None:  # noqa: ARG002  by methods
         """Find out, without torch, whether what `load_trained` is to read is there and of this model.
 
         Args:
             folder: What was trained.
             weak: Whether a weak version must lie in `weak/` of it.
+            any_size: Whether an adapter of another rank will do, as it does for drawing.
 
         Raises:
             ModelError: Something is missing, of another model, or of another size.

@@ -77,6 +77,24 @@ def train(
     return TrainResult(method, seconds, peak_bytes(accelerator.device))
 
 
+def restore(config: MethodConfig, run: RunDir, seed: int, cache: Path | None, accelerator: "Accelerator") -> Method:
+    """The method with the weights of the run's newest checkpoint, as they would be judged; nothing is trained.
+
+    Args:
+        config: As the run trains.
+        run: Has checkpoints; it may still be running.
+        seed: As the run's.
+        cache: As for `train`.
+        accelerator: From `build_accelerator`.
+
+    Raises:
+        ModelError, DataError, CheckpointError: See `trainers.errors`.
+    """
+    method = config.build(seed, cache, accelerator)
+    fit(method, config.model_copy(update={"steps": 0}), run, accelerator)  # which leaves no step to take
+    return method
+
+
 class _Stage:
     """Reports when a stage begins and ends, and takes its time."""
 

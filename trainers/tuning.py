@@ -91,10 +91,10 @@ class TunedConfig(MethodConfig):
         return total
 
     @override
-    def check_finished(self, folder: Path, *, weak: bool) -> None:
+    def check_finished(self, folder: Path, *, weak: bool, any_size: bool = False) -> None:
         super().check_finished(folder, weak=weak)
         for part in (folder, folder / "weak") if weak else (folder,):
-            check_finished(self, part)
+            check_finished(self, part, any_size=any_size)
 
     @override
     def load_trained(self, folder: Path | None, accelerator: Accelerator) -> Model:

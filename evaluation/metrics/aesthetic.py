@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from typing_extensions import override
 
 from evaluation.clip_folder import read_clip_folder
-from evaluation.metric import Encoder, Encoders, Metric, Scorer
+from evaluation.metric import Encoder, Encoders, Metric, PictureScorer, Scorer
 from trainers.batch import Source
 from trainers.config import LocalPath
 from trainers.errors import ModelError
@@ -68,7 +68,7 @@ class Aesthetic(Metric):
         return _AestheticScorer(encoder, weight, bias, f"{self.head.stem}@{hash_file(self.head)[:12]}")
 
 
-class _AestheticScorer(Scorer):
+class _AestheticScorer(PictureScorer):
     def __init__(self, encoder: Encoder, weight: Float32[np.ndarray, " width"], bias: float, head: str) -> None:
         self.model = f"{encoder.model}+{head}"
         self._encoder = encoder

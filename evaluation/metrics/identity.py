@@ -9,7 +9,7 @@ from jaxtyping import Float32
 from typing_extensions import override
 
 import trainers.faces  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the kinds
-from evaluation.metric import Encoders, Metric, Scorer
+from evaluation.metric import Encoders, Metric, PictureScorer, Scorer
 from trainers.batch import Source
 from trainers.data.transforms import open_picture
 from trainers.errors import DataError
@@ -44,7 +44,7 @@ class Identity(Metric):
         return _IdentityScorer(embedder, f"{name}@{'-'.join(found[:12] for found in hashes)}")
 
 
-class _IdentityScorer(Scorer):
+class _IdentityScorer(PictureScorer):
     def __init__(self, embedder: FaceEmbedder, model: str) -> None:
         self.model = model
         self._embedder = embedder

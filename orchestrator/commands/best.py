@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from orchestrator.command import add_study, load, out, say_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from orchestrator.spec import StudySpec
+    from orchestrator.tracker import TrialView
 
 TEXT = "Show the winner and write best_params.yaml."
 
@@ -42,9 +43,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def show(spec: StudySpec) -> None:
-    """Print the winner, or the front of several values, and write `best_params.yaml`."""
+    """Print the winner, on fresh seeds if those were asked, or the front of values; write `best_params.yaml`."""
+    from orchestrator.confirm import winning_trial
     from orchestrator.ledger import read_trials
-    from orchestrator.tables import best_trial, status_table, won, write_best
+    from orchestrator.tables import status_table, won, write_best
 
     trials = read_trials(spec)
     winners = won(spec, trials)
@@ -53,28 +55,29 @@ def show(spec: StudySpec) -> None:
         out.print(status_table(spec, winners, f"{spec.name}: no trial is better than one of these in every value"))
         out.print(f"written: {path}", soft_wrap=True, markup=False)
         return
-    winner, value = best_trial(spec, trials)
+    winner, value = winning_trial(spec, trials)
     path, content = write_best(spec, [winner])
     out.print(f"trial {winner.number} is best: value {value:.6g}", style="bold")
     for name, chosen in content["params"].items():
         out.print(f"  {name}: {chosen:.4g}" if isinstance(chosen, float) else f"  {name}: {chosen}")
     for name, score in content["scores"].items():
         out.print(f"  {name}: {score['mean']:.4f} ± {score['standard_error']:.4f}")
-    for line in _confirmed(spec, winner.number):
+    for line in _confirmed(spec, trials):
         out.print(line, soft_wrap=True, markup=False)
     for line in (f"adapter: {content['adapter']}", f"use it:  {content['use']}", f"written: {path}"):
         out.print(line, soft_wrap=True, markup=False)
 
 
-def _confirmed(spec: StudySpec, winner: int) -> Iterator[str]:
+def _confirmed(spec: StudySpec, trials: Sequence[TrialView]) -> Iterator[str]:
     """What fresh seeds said, if that was asked."""
-    from orchestrator.confirm import Contest, read_confirmation
+    from orchestrator.confirm import find_contest, read_confirmation
 
-    contest = Contest(spec, winner)
+    contest = find_contest(spec, trials)
     if found := read_confirmation(contest):
-        yield f"on {found.num_samples} pictures with fresh seeds (95 % intervals):"
-        for name, gain in found.advantages.items():
-            values = f"{found.values['winner']:.4f} against {found.values[name]:.4f}"
-            verdict = "better than" if gain.low > 0 else "worse than" if gain.high < 0 else "not clearly different from"
-            yield f"  {verdict} the {name}: {gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}), {values}"
-        yield f"side by side: {contest.picture}"
+        in_study = {trial.number: trial.values[0] for trial in trials if trial.values}
+        yield f"on {found.num_samples} pictures with fresh seeds (differences from the winner, 95 % intervals):"
+        for one in found.standings:
+            before = f" ({in_study[one.trial]:.4f} in the study)" if one.trial is not None else ""
+            gap = f"{one.difference:+.4f} ({one.low:+.4f} to {one.high:+.4f}), {one.verdict}"
+            yield f"  {one.name}: {one.value:.4f}{before}: {'wins' if one.trial == found.winner else gap}"
+        yield f"the same as a table: {contest.table}; side by side: {contest.picture}"

@@ -26,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--adapter", type=Path, metavar="FOLDER", help="draw with this adapter instead of the trial's")
     which.add_argument("--base", action="store_true", help="draw with the untrained model")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="one or more; else the panel's")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
+    text = "lines, evaluation_prompts.json, or prompts_and_classes.txt"
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help=text)
+    text = "whose prompts of FILE are drawn, into a folder of that name, as `evaluate` reads it"
+    parser.add_argument("--subject", metavar="NAME", help=text)
+    parser.add_argument("--token", metavar="WORD", help="the rare word that stands before the subject in its prompts")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="each prompt is drawn with each")
     parser.add_argument("--scale", type=float, default=1.0, help="how strongly the adapter acts (default 1)")
     parser.add_argument(
@@ -42,50 +46,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Draw, name each picture by its prompt and seed, and lay all of them out on one sheet."""
-    trial, adapter = _source(options)
-    files = _files(options, trial)
-    trial.train.backbone.check()
-    trial.evaluate.check_model(trial.train.backbone)
+    from orchestrator.origin import find_origin
+    from trainers.errors import ConfigError
+
+    origin = find_origin(options.source, options.sets, options.adapter, base=options.base)
+    if origin.adapter is None and origin.checkpoint is None and options.scale != 1:
+        raise ConfigError(f"got --scale {options.scale:g} without an adapter; expected one, or no scale")
+    files = _files(options, origin.trial)
+    origin.check()
     # Torch is loaded only now that all that can be wrong with names is known.
     from evaluation.grid import draw_grid
     from trainers.sampling import generate
     from trainers.train import build_accelerator
 
-    accelerator = build_accelerator(trial.train)
-    model = trial.train.load_trained(adapter, accelerator)
-    options.output.mkdir(parents=True, exist_ok=True)
+    accelerator = build_accelerator(origin.trial.train)
+    model, what = origin.load(accelerator)
+    folder: Path = options.output / options.subject if options.subject else options.output
+    folder.mkdir(parents=True, exist_ok=True)
     with accelerator.autocast(), model.adapter_scale(options.scale):
-        for request, sample in zip(files, generate(model, list(files), trial.evaluate), strict=True):
-            sample.image.save(options.output / files[request])
-    pictures = {(str(one.prompt), f"seed {one.seed}"): options.output / file for one, file in files.items()}
-    draw_grid(pictures).save(options.output / _GRID)
-    what = f"the adapter in {adapter} at scale {options.scale:g}" if adapter else "the untrained model"
-    out.print(f"{len(files)} pictures with {what}: {options.output}, side by side in {options.output / _GRID}",
+        for request, sample in zip(files, generate(model, list(files), origin.trial.evaluate), strict=True):
+            sample.image.save(folder / files[request])
+    pictures = {(str(one.prompt), f"seed {one.seed}"): folder / file for one, file in files.items()}
+    sheet = options.output / (f"{options.subject}_{_GRID}" if options.subject else _GRID)
+    draw_grid(pictures).save(sheet)
+    scale = "" if options.scale == 1 else f" at scale {options.scale:g}"
+    out.print(f"{len(files)} pictures with {what}{scale}: {folder}, side by side in {sheet}",
               soft_wrap=True, markup=False)  # fmt: skip
     return 0
-
-
-def _source(options: argparse.Namespace) -> tuple[TrialSpec, Path | None]:
-    """What is drawn with: a trial, and the adapter's folder if there is one."""
-    from orchestrator.sources import read_trial
-    from orchestrator.spec import load_study
-    from trainers.errors import ConfigError
-    from trainers.rundir import RunDir
-
-    adapter: Path | None = options.adapter and options.adapter.resolve()
-    folder = options.source.resolve()
-    if (trial := read_trial(folder, options.sets)) is None:
-        if folder.is_dir():
-            raise ConfigError(f"{options.source}: got no trial.yaml in this folder; expected a trial's directory")
-        study, _ = load_study(options.source, [f"trial.{change}" for change in options.sets])
-        trial = study.trial
-    elif adapter is None and not options.base:
-        adapter = RunDir(folder).adapter
-    if adapter is not None and not adapter.is_dir():
-        raise ConfigError(f"{adapter}: got no such folder; expected an adapter; `--base` draws without one")
-    if adapter is None and options.scale != 1:
-        raise ConfigError(f"got --scale {options.scale:g} without an adapter; expected one, or no scale")
-    return trial, adapter
 
 
 def _files(options: argparse.Namespace, trial: TrialSpec) -> Mapping[Request, str]:
@@ -95,13 +82,32 @@ def _files(options: argparse.Namespace, trial: TrialSpec) -> Mapping[Request, st
     from trainers.errors import ConfigError
     from trainers.prompt import Prompt
 
-    texts: list[str] = list(options.prompt)
-    if options.prompts is not None:
-        if not options.prompts.is_file():
-            raise ConfigError(f"{options.prompts}: got no such file; expected prompts, one a line")
-        texts += [line.strip() for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    given: tuple[Prompt, ...] = tuple(Prompt(text=text) for text in dict.fromkeys(texts)) or trial.evaluate.prompts
+    told = [*(Prompt(text=text) for text in options.prompt), *_book(options)]
+    given = tuple(dict.fromkeys(told)) or trial.evaluate.prompts
     seeds = tuple(dict.fromkeys(options.seeds or trial.evaluate.seeds))
     if wrong := [seed for seed in seeds if not 0 <= seed < MAX_SEED]:
         raise ConfigError(f"got --seeds {wrong[0]}; expected whole numbers from 0 to {MAX_SEED - 1}")
     return {request: Path(file).name for request, file in name_files(given, seeds).items()}
+
+
+def _book(options: argparse.Namespace) -> tuple[Prompt, ...]:
+    """What the file of prompts says, of the subject if it has several."""
+    from evaluation.subjects import map_folders, read_book
+    from trainers.errors import ConfigError
+
+    if options.prompts is None:
+        if options.subject or options.token:
+            raise ConfigError("got --subject or --token without --prompts; expected the file whose prompts name it")
+        return ()
+    book = read_book(options.prompts, options.token)
+    if not book.subjects:
+        if options.subject or options.token:
+            raise ConfigError(f"{options.prompts}: names no subjects; expected one that does, or no --subject, --token")
+        return book.prompts
+    if options.subject is None:
+        known = ", ".join(book.subjects)
+        raise ConfigError(f"{options.prompts}: has prompts of several subjects; name one of {known} with --subject")
+    found = map_folders([options.subject], book.subjects)
+    if found.unmapped:
+        raise ConfigError(f"--subject {options.subject}: {found.unmapped[options.subject]}")
+    return book.subjects[found.mapped[0].subject]

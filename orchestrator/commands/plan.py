@@ -73,7 +73,7 @@ def _print_estimate(spec: StudySpec, needed: Estimate) -> None:
     from orchestrator.plan import human
 
     say, trial = partial(out.print, soft_wrap=True), spec.trial
-    pictures = len(trial.evaluate.prompts) * len(trial.evaluate.seeds)
+    pictures = len(trial.evaluate.all_prompts) * len(trial.evaluate.seeds)
     say(f"to compute: {needed.trials_left} of {spec.num_trials} trials, {spec.limits.parallel} at a time;", end=" ")
     training = f"trains {trial.train.steps} steps of {trial.train.batch_size} examples"
     if trial.adapter:

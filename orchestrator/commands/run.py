@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from orchestrator.series import Member, Series
     from orchestrator.spec import StudySpec
-    from orchestrator.tracker import TrialView
 
 TEXT = "Run a study to its end, or go on with it."
 
@@ -88,25 +87,34 @@ def _run(member: Member) -> None:
 
 
 def _hand_on(spec: StudySpec, study: optuna.Study) -> None:
-    """Judge the winner once more, and say for other studies what it is; several values have a front, and no winner."""
+    """Judge the best once more, and say for other studies who won; several values have a front, and no winner."""
     if len(spec.objective.names) > 1:
         return
+    from orchestrator.confirm import winning_trial
     from orchestrator.series import Winner, write_winner
-    from orchestrator.tables import best_trial
     from orchestrator.views import trial_views
 
-    winner, value = best_trial(spec, trial_views(spec, study))
     if spec.confirm_seeds:
-        _confirm(spec, winner)
+        _confirm(spec, study)
+    winner, value = winning_trial(spec, trial_views(spec, study))
     found = Winner(study=spec.name, trial=winner.number, value=value, params=dict(winner.params))
     write_winner(spec.root, found)
 
 
-def _confirm(spec: StudySpec, winner: TrialView) -> None:
-    from orchestrator.confirm import Contest, confirm
+def _confirm(spec: StudySpec, study: optuna.Study) -> None:
+    from orchestrator.confirm import confirm, find_contest
+    from orchestrator.views import study_view, trial_views
+    from trainers.errors import TrackerError
 
-    err.print(f"comparing trial {winner.number} with base and defaults on {spec.confirm_seeds} fresh seeds a prompt")
-    confirm(Contest(spec, winner.number))
+    trials = trial_views(spec, study)
+    contest = find_contest(spec, trials)
+    names = ", ".join(map(str, contest.candidates))
+    err.print(f"comparing the best ({names}) with defaults and base on {spec.confirm_seeds} fresh seeds a prompt")
+    found = confirm(contest)
+    try:
+        spec.tracker.mirror(study_view(spec, study, found.evidence(contest)), trials)
+    except TrackerError as error:
+        err.print(f"{error}; run the study again to send what fresh seeds said", style="yellow", markup=False)
 
 
 def _control(spec: StudySpec, study: optuna.Study) -> None:

@@ -60,6 +60,8 @@ class MlflowTracker(Tracker):
             if self._mirror is None:
                 self._mirror = Mirror(self._store(study.root), study, started, self._artifacts(study.root))
             self._mirror.update(started)
+            if study.evidence:
+                self._mirror.send_evidence(study.evidence)
         except (TrackerError, *store_errors()) as error:
             end = time.monotonic()
             self._mirror = None

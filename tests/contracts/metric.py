@@ -1,5 +1,7 @@
 """What every metric must do."""
 
+# pyright: basic
+
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from pydantic import TypeAdapter
 
 from evaluation.metric import Encoders, Metric
 from trainers.errors import DataError, ModelError
-from trainers.prompt import Prompt, Sample
+from trainers.prompt import Prompt, Request, Sample
 
 
 class MetricContract:
@@ -39,11 +41,11 @@ class MetricContract:
         assert [type(value) for value in values] == [float] * len(samples)
         assert not any(math.isinf(value) for value in values)
 
-    def test_a_value_depends_on_its_own_sample_alone(self, metric, encoders, references, samples):
+    def test_pictures_may_be_seen_one_by_one_and_in_any_order(self, metric, encoders, references, samples):
         scorer = metric.open(encoders, references)
-        together = scorer.values(samples)
-        alone = [scorer.values([sample])[0] for sample in reversed(samples)]
-        np.testing.assert_allclose(together, alone[::-1], rtol=0, atol=1e-5)
+        seen = np.concatenate([scorer.look([sample]) for sample in reversed(samples)])[::-1]
+        requests = [Request(sample.prompt, sample.seed) for sample in samples]
+        np.testing.assert_allclose(scorer.judge(requests, seen), scorer.values(samples), rtol=0, atol=1e-5)
 
     def test_values_are_repeated_exactly(self, metric, encoders, references, samples):
         first = metric.open(encoders, references).values(samples)
@@ -63,3 +65,13 @@ class MetricContract:
 
     def test_it_survives_a_study_file(self, metric):
         assert TypeAdapter(Metric).validate_python(metric.model_dump(mode="json")) == metric
+
+
+class PictureMetricContract(MetricContract):
+    """Of metrics whose value of a picture has nothing to do with other pictures."""
+
+    def test_a_value_depends_on_its_own_sample_alone(self, metric, encoders, references, samples):
+        scorer = metric.open(encoders, references)
+        together = scorer.values(samples)
+        alone = [scorer.values([sample])[0] for sample in reversed(samples)]
+        np.testing.assert_allclose(together, alone[::-1], rtol=0, atol=1e-5)

@@ -1,5 +1,7 @@
 """Random scoring models, small enough for unit tests, in the folders that real ones come in."""
 
+# pyright: basic
+
 import itertools
 import json
 from pathlib import Path
@@ -11,6 +13,15 @@ from PIL import Image
 
 CONTEXT = 32
 WIDTH = 16
+SMALL: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 3, "num_hidden_layers": 2}
+PIXELS: dict[str, Any] = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+}
+PIXELS |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
 def build_tokenizer(context: int = CONTEXT) -> Any:
@@ -30,8 +41,14 @@ def build_open_clip(folder: Path, *, seed: int = 0, own_tokenizer: bool = True) 
 
     folder.mkdir(parents=True)
     tokenizer = build_tokenizer()
-    vision = {"image_size": 64, "layers": 2, "width": 32, "head_width": 8, "patch_size": 16}
-    text = {"context_length": CONTEXT, "vocab_size": len(tokenizer), "width": 32, "heads": 4, "layers": 2}
+    vision: dict[str, Any] = {"image_size": 64, "layers": 2, "width": 32, "head_width": 8, "patch_size": 16}
+    text: dict[str, Any] = {
+        "context_length": CONTEXT,
+        "vocab_size": len(tokenizer),
+        "width": 32,
+        "heads": 4,
+        "layers": 2,
+    }
     if own_tokenizer:
         text["hf_tokenizer_name"] = "./"
         tokenizer.save_pretrained(folder)
@@ -55,7 +72,12 @@ def build_transformers_clip(folder: Path, *, seed: int = 0) -> Path:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     tokenizer = build_tokenizer()
-    small = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 2}
+    small: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+    }
     text = CLIPTextConfig(
         **small, vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -66,6 +88,42 @@ def build_transformers_clip(folder: Path, *, seed: int = 0) -> Path:
     CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}).save_pretrained(folder)
+    return folder
+
+
+def build_dino(folder: Path, form: str = "vit") -> Path:
+    """A random transformer in a folder of one of the forms, for 32-px pictures."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    if form == "timm":
+        import timm
+        from safetensors.torch import save_file
+
+        folder.mkdir()
+        name = "vit_small_patch16_224"
+        size: dict[str, Any] = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}
+        model = timm.create_model(name, num_classes=0, **size)
+        config = {
+            "architecture": name,
+            "num_classes": 0,
+            "num_features": 24,
+            "global_pool": "token",
+            "model_args": size,
+        }
+        config["pretrained_cfg"] = {"tag": "dino", "input_size": [3, 32, 32], "num_classes": 0, "crop_pct": 1.0}
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(model.state_dict(), folder / "model.safetensors")
+        return folder
+    if form == "dinov2":
+        Dinov2Model(Dinov2Config(**SMALL, image_size=28, patch_size=14)).save_pretrained(folder)
+        kind = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 32}, "do_center_crop": True}
+        kind |= {"crop_size": {"height": 28, "width": 28}}
+    else:
+        ViTModel(ViTConfig(**SMALL, image_size=32, patch_size=16), add_pooling_layer=False).save_pretrained(folder)
+        kind = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS | kind))
     return folder
 
 
@@ -101,3 +159,8 @@ def transformers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def head_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_head(tmp_path_factory.mktemp("heads") / "head.safetensors")
+
+
+@pytest.fixture(scope="session")
+def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_dino(tmp_path_factory.mktemp("models") / "tiny-dino")

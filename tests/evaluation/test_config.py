@@ -1,3 +1,5 @@
+# pyright: basic
+
 import subprocess
 import sys
 
@@ -39,10 +41,16 @@ def test_it_survives_a_study_file(open_clip_folder):
         ({"metrics": {"Clip T": {"kind": "clip_text", "model": "/x"}}}, "match pattern"),
         (
             {"metrics": {"x": {"kind": "fid"}}},
-            "unknown kind 'fid'; expected one of aesthetic, clip_image, clip_text, dino, identity, preference",
+            "unknown kind 'fid'; expected one of aesthetic, clip_image, clip_text, dino, diversity, identity,",
         ),
         ({"metrics": {"x": {"kind": "clip_text", "model": "x"}}}, "expected a path that begins with"),
         ({"sampler": "ddim"}, "Extra inputs"),
+        ({"class_prompts": ["a thing"]}, "class_prompts that no metric judges"),
+        ({"metrics": {"pres": {"kind": "prior_preservation", "model": "/x"}}}, "metric pres judges pictures of class"),
+        (
+            {"class_prompts": ["a star"], "metrics": {"pres": {"kind": "prior_preservation", "model": "/x"}}},
+            "'a star' is in prompts and in class_prompts",
+        ),
     ],
 )
 def test_what_cannot_be_sampled_or_scored_is_refused(change, message, open_clip_folder):
@@ -85,11 +93,28 @@ sys.exit(", ".join(name for name in ("torch", "diffusers", "transformers", "open
 
 def test_every_kind_of_metric_passes_the_contract():
     from tests.contracts.metric import MetricContract
-    from tests.evaluation.metrics import test_aesthetic, test_clip, test_dino, test_identity, test_preference
+    from tests.evaluation.metrics import (
+        test_aesthetic,
+        test_clip,
+        test_dino,
+        test_diversity,
+        test_identity,
+        test_preference,
+        test_prior_preservation,
+    )
 
+    modules = (
+        test_aesthetic,
+        test_clip,
+        test_dino,
+        test_diversity,
+        test_identity,
+        test_preference,
+        test_prior_preservation,
+    )
     tested = {
         name.removeprefix("Test")
-        for module in (test_aesthetic, test_clip, test_dino, test_identity, test_preference)
+        for module in modules
         for name, value in vars(module).items()
         if name.startswith("Test") and issubclass(value, MetricContract)
     }

@@ -1,6 +1,8 @@
 # pyright: basic
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -65,6 +67,26 @@ def values_of(run):
     return [[record.values[name] for name in ("clip_t", "clip_i", "aesthetic")] for record in read_records(run.records)]
 
 
+def on_ranks(world, backbone, config, references, run, cache):
+    """The scores on each rank; ranks are threads that exchange what they gather."""
+    scorers = open_scorers(config, references, backbone.device, cache)  # not by threads: transformers cannot
+    barrier, items = threading.Barrier(world, timeout=60), {}
+
+    def gather_on(rank):
+        def gather(own):
+            items[rank] = own
+            barrier.wait()
+            everything = [one for peer in range(world) for one in items[peer]]
+            barrier.wait()
+            return everything
+
+        return gather
+
+    with ThreadPoolExecutor(world) as pool:
+        ranks = [Ranks(rank, world, gather_on(rank)) for rank in range(world)]
+        return list(pool.map(lambda one: evaluate(backbone, config, scorers, run, one), ranks))
+
+
 def test_every_picture_of_the_panel_is_kept_with_what_was_measured_on_it(backbone, config, references, run, tmp_path):
     judge(backbone, config, references, run, tmp_path / "cache")
     records = read_records(run.records)
@@ -103,17 +125,9 @@ def test_a_value_can_be_found_again_from_the_picture_file(backbone, config, refe
 
 def test_two_ranks_measure_what_one_does(backbone, config, references, run, tmp_path):
     alone = judge(backbone, config, references, RunDir(tmp_path / "alone"), tmp_path / "cache")
-    sent = []
-
-    def second(items):
-        sent.extend(items)
-        return items
-
-    judge(backbone, config, references, run, tmp_path / "cache", Ranks(1, 2, second))
-    assert len(sent) == 3
-    assert not run.records.exists()
-    assert not run.events.exists()
-    scores = judge(backbone, config, references, run, tmp_path / "cache", Ranks(0, 2, lambda items: [*items, *sent]))
+    scores, others = on_ranks(2, backbone, config, references, run, tmp_path / "cache")
+    assert scores == others
+    assert len(read_records(run.records)) == 6
     np.testing.assert_allclose(values_of(run), values_of(RunDir(tmp_path / "alone")), atol=1e-3)
     assert {path.name for path in run.samples.iterdir()} == {
         path.name for path in (tmp_path / "alone/samples").iterdir()
@@ -125,9 +139,8 @@ def test_two_ranks_measure_what_one_does(backbone, config, references, run, tmp_
 
 def test_more_ranks_than_pictures_is_no_error(backbone, config, references, run, tmp_path):
     few = config.model_copy(update={"prompts": (Prompt(text=PROMPTS[0]),), "seeds": (0,)})
-    sent = []
-    judge(backbone, few, references, run, tmp_path / "cache", Ranks(1, 2, lambda items: sent.append(items) or items))
-    assert sent == [[]]
+    found = on_ranks(2, backbone, few, references, run, tmp_path / "cache")
+    assert [scores["clip_t"].num_samples for scores in found] == [1, 1]
 
 
 def test_what_a_crash_left_behind_changes_nothing(backbone, config, references, run, tmp_path):
@@ -138,6 +151,42 @@ def test_what_a_crash_left_behind_changes_nothing(backbone, config, references, 
     next(run.samples.glob("0002*")).unlink()
     judge(backbone, config, references, run, tmp_path / "cache")
     assert (run.records.read_bytes(), (run.samples / "grid.png").read_bytes()) == first
+
+
+def with_class(config, dino_folder):
+    metrics = {"pres": {"kind": "prior_preservation", "model": str(dino_folder)}}
+    metrics["diversity"] = {"kind": "diversity", "model": str(dino_folder)}
+    tree = config.model_dump(mode="json")
+    tree["metrics"] |= metrics
+    return EvaluateConfig.model_validate(tree | {"class_prompts": ["a ring"]})
+
+
+def test_pictures_of_the_class_are_judged_by_its_metric_and_by_no_other(
+    backbone, config, dino_folder, references, run, tmp_path
+):
+    scores = judge(backbone, with_class(config, dino_folder), references, run, tmp_path / "cache")
+    records = read_records(run.records)
+    assert [(one.prompt, one.seed) for one in records] == [(p, s) for p in [*PROMPTS, "a ring"] for s in SEEDS]
+    for record in records:
+        judges = {"pres"} if record.prompt == "a ring" else {"clip_t", "clip_i", "aesthetic", "diversity"}
+        assert set(record.values) == judges
+    assert {name: score.num_samples for name, score in scores.items()} == {
+        "clip_t": 6, "clip_i": 6, "aesthetic": 6, "diversity": 6, "pres": 2,
+    }  # fmt: skip
+    assert not any(score.num_undefined for score in scores.values())
+    assert not scores["pres"].higher_is_better
+
+
+def test_ranks_that_share_a_prompt_still_measure_its_diversity(
+    backbone, config, dino_folder, references, run, tmp_path
+):
+    config = with_class(config, dino_folder)
+    alone = judge(backbone, config, references, RunDir(tmp_path / "alone"), tmp_path / "cache")
+    found = on_ranks(3, backbone, config, references, run, tmp_path / "cache")
+    for scores in found:
+        assert scores["diversity"].num_undefined == 0
+        assert scores["diversity"].mean == pytest.approx(alone["diversity"].mean, abs=1e-3)
+        assert scores["pres"].mean == pytest.approx(alone["pres"].mean, abs=1e-3)
 
 
 def test_stages_are_events(backbone, config, references, run, tmp_path):

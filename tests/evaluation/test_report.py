@@ -12,6 +12,7 @@ from PIL import Image
 
 from evaluation.config import ReportConfig
 from evaluation.evaluate import Ranks
+from evaluation.metric import PictureScorer
 from evaluation.report import Reporter
 from trainers.prompt import Sample
 from trainers.rundir import RunDir
@@ -19,7 +20,7 @@ from trainers.rundir import RunDir
 METHOD: Any = SimpleNamespace(model=SimpleNamespace(device=None), held_out=())
 
 
-class Length:
+class Length(PictureScorer):
     """A scorer: how many letters the prompt has, and nothing for the word nobody knows."""
 
     model = "letters"
@@ -43,7 +44,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 def reporter(run: RunDir, ranks: Ranks, **report: int) -> Reporter:
-    config: Any = SimpleNamespace(prompts=("aa", "nobody", "cccc", "d"), seeds=(0, 2, 4), metrics={})
+    config: Any = SimpleNamespace(
+        prompts=("aa", "nobody", "cccc", "d"), seeds=(0, 2, 4), metrics={"letters": SimpleNamespace(of_class=False)}
+    )
     made = Reporter(ReportConfig(every=10, **report), config, run, run.path, ranks, nullcontext)
     scorers: Any = {"letters": Length()}
     made._scorers = scorers

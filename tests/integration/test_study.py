@@ -1,5 +1,7 @@
 """The main job from end to end, with nothing replaced: an untrained miniature family, torchrun, SQLite, MLflow."""
 
+# pyright: basic
+
 import json
 from pathlib import Path
 
@@ -57,9 +59,11 @@ def test_the_winner_is_written_down_and_was_compared_on_fresh_seeds(root: Path) 
     best = yaml.safe_load((root / "best_params.yaml").read_text())
     (file,) = (root / "confirm").glob("*/confirmation.json")
     found = Confirmation.model_validate_json(file.read_text())
-    assert found.winner == best["trial"]
-    assert set(found.values) == {"winner", "base", "defaults"}
+    assert found.winner == best["trial"] == found.standings[0].trial
+    assert [one.name for one in found.standings[2:]] == ["base"]
+    assert {one.trial for one in found.standings[:2]} == {0, 1}
     assert found.num_samples == 8
+    assert len(file.with_name("confirmation.csv").read_text().splitlines()) == 4
     assert file.with_name("comparison.png").exists()
 
 
@@ -72,6 +76,7 @@ def test_running_a_finished_study_again_starts_nothing(root: Path, study: Path) 
 def test_mlflow_has_one_run_for_each_trial_below_the_studys(root: Path) -> None:
     client = mlflow.MlflowClient(f"sqlite:///{root.parent / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("hpo")
+    assert experiment
     runs = client.search_runs([experiment.experiment_id], "tags.trial LIKE '%'")
     assert sorted(run.data.tags["trial"] for run in runs) == ["0", "1"]
     assert all("version.torch" in run.data.tags and "torch" not in run.data.tags for run in runs)

@@ -1,13 +1,20 @@
 # pyright: basic
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from evaluation.records import Record
-from orchestrator.confirm import _values, fresh_seeds
+from evaluation.metrics.prior_preservation import PriorPreservation
+from evaluation.records import Record, write_records
+from evaluation.statistics import estimate
+from orchestrator.confirm import Contest, find_contest, fresh_seeds, main, read_confirmation, stand, winning_trial
 from orchestrator.objective import WeightedObjective
-from orchestrator.spec import load_study
-from trainers.rundir import Score
+from orchestrator.panels import picture_values
+from orchestrator.spec import StudySpec, TrialSpec, load_study
+from orchestrator.tracker import TrialView
+from orchestrator.views import run_dir
+from trainers.rundir import RunDir, Score, freeze, write_atomically
 
 STUDY = Path(__file__).parents[2] / "studies" / "hpo.yaml"
 
@@ -40,4 +47,109 @@ def test_pictures_are_paired_by_prompt_and_seed() -> None:
     spec, _ = load_study(STUDY)
     values = dict.fromkeys(spec.trial.evaluate.metrics, 1.0)
     records = [Record(prompt="p", seed=seed, file="f", values=values) for seed in (3, 4)]
-    assert set(_values(records, spec)) == {("p", 3), ("p", 4)}
+    assert set(picture_values(spec, records)) == {("p", 3), ("p", 4)}
+
+
+def test_a_score_that_few_prompts_have_counts_in_the_mean_as_it_does_in_the_objective() -> None:
+    spec, _ = load_study(STUDY)
+    pres = PriorPreservation(model=Path("/x"))
+    evaluate = spec.trial.evaluate
+    evaluate = evaluate.model_copy(update={"metrics": {"clip_t": evaluate.metrics["clip_t"], "pres": pres}})
+    trial = spec.trial.model_copy(update={"evaluate": evaluate})
+    objective = WeightedObjective(weights={"clip_t": 2.0, "pres": 0.5})
+    spec = spec.model_copy(update={"trial": trial, "objective": objective})
+    told, asked = {"a": [0.1, 0.2], "b": [0.3, 0.5], "c": [0.9, 0.1]}, {"any": [0.7, 0.4]}
+    pictures = [(name, prompt, seed, value) for name, group in (("clip_t", told), ("pres", asked))
+                for prompt, values in group.items() for seed, value in enumerate(values)]  # fmt: skip
+    records = [Record(prompt=p, seed=seed, file="f", values={name: value}) for name, p, seed, value in pictures]
+    found = picture_values(spec, records)
+    expected = 2.0 * np.mean(list(told.values())) - 0.5 * np.mean(asked["any"])
+    assert estimate(found).mean == pytest.approx(expected)
+
+
+def contest(folder: Path, *candidates: int, seeds: int = 2) -> Contest:
+    spec, _ = load_study(STUDY, [f"output={folder}", f"confirm_seeds={seeds}"])
+    return Contest(spec, candidates)
+
+
+def panel(rng: np.random.Generator, quality: float) -> dict[tuple[str, int], float]:
+    return {(f"prompt {p}", seed): quality + float(rng.normal(0, 0.01)) for p in range(8) for seed in range(2)}
+
+
+def test_the_best_on_fresh_seeds_wins_and_everyone_is_compared_with_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    quality = {"trial 5": 0.3, "trial 2": 0.9, "trial 7": 0.6, "defaults": 0.5, "base": 0.1}
+    panels = {name: panel(rng, value) for name, value in quality.items()}
+    found = stand(contest(tmp_path, 5, 2, 7), panels)
+    assert found.winner == 2
+    assert [one.name for one in found.standings] == ["trial 2", "trial 7", "trial 5", "defaults", "base"]
+    assert [one.trial for one in found.standings] == [2, 7, 5, 0, None]
+    for one in found.standings:
+        expected = np.mean([panels[one.name][key] - panels["trial 2"][key] for key in panels["base"]])
+        assert one.difference == pytest.approx(expected)
+        assert one.low <= one.difference <= one.high
+    assert [one.verdict for one in found.standings] == ["not clearly different", *["worse"] * 4]
+
+
+def test_a_lucky_base_never_wins(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    found = stand(contest(tmp_path, 1), {"trial 1": panel(rng, 0.2), "base": panel(rng, 0.8)})
+    assert found.winner == 1
+    assert found.standings[1].verdict == "better"
+
+
+def trial(folder: Path, number: int, value: float | None) -> TrialView:
+    state, values = ("FAIL", None) if value is None else ("COMPLETE", [value])
+    return TrialView(number, state, {}, values, None, RunDir(folder / f"{number:04d}"), None, None)
+
+
+def test_the_few_best_of_the_study_are_candidates(tmp_path: Path) -> None:
+    spec = contest(tmp_path).spec
+    trials = [trial(tmp_path, number, value) for number, value in enumerate((0.1, 0.8, None, 0.8, 0.9, 0.2))]
+    assert find_contest(spec, trials).candidates == (4, 1, 3)
+    assert find_contest(spec, trials[:3]).candidates == (1, 0)
+
+
+def test_the_winner_is_that_of_the_fresh_seeds_once_they_are_known(tmp_path: Path) -> None:
+    trials = [trial(tmp_path, number, value) for number, value in enumerate((0.1, 0.8, 0.7))]
+    asked = contest(tmp_path, 1, 2, 0)
+    assert winning_trial(asked.spec, trials)[0].number == 1
+    rng = np.random.default_rng(0)
+    found = stand(asked, {f"trial {number}": panel(rng, 0.1 * number) for number in (0, 1, 2)})
+    write_atomically(asked.file, found.model_dump_json())
+    winner, value = winning_trial(asked.spec, trials)
+    assert (winner.number, value) == (2, 0.7)
+
+
+def test_the_job_judges_candidates_defaults_and_base_and_writes_table_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = contest(tmp_path, 2, 1)
+    text, _ = freeze(asked.spec.trial.model_dump(mode="json"))
+    for number in range(3):
+        write_atomically(run_dir(asked.spec.root, number).trial, text)
+        write_atomically(run_dir(asked.spec.root, number).result, "{}")
+    quality = {"trial-2": 0.4, "trial-1": 0.7, "defaults": 0.2, "base": 0.1}
+
+    def draw(spec: StudySpec, frozen: TrialSpec, adapter: Path | None, run: RunDir) -> None:
+        """In the place of models: a picture of each contestant, and how good it is."""
+        assert (adapter is None) is (run.path.name == "base")
+        run.samples.mkdir(parents=True)
+        records: list[Record] = []
+        for prompt in ("a", "b"):
+            Image.new("RGB", (8, 8)).save(run.samples / f"{prompt}.png")
+            values = dict.fromkeys(frozen.evaluate.metrics, quality[run.path.name])
+            seeds = fresh_seeds(spec.confirm_seeds)
+            records += [Record(prompt=prompt, seed=seed, file=f"samples/{prompt}.png", values=values) for seed in seeds]
+        write_records(run.records, records)
+
+    monkeypatch.setattr("orchestrator.confirm._draw", draw)
+    text, digest = freeze({"study": asked.spec.model_dump(mode="json"), "candidates": [2, 1]})
+    write_atomically(asked.run.trial, text)
+    assert main([str(asked.run.path), "--sha256", digest]) == 0
+    found = read_confirmation(asked)
+    assert found is not None
+    assert (found.winner, found.num_samples) == (1, 4)
+    assert [one.name for one in found.standings] == ["trial 1", "trial 2", "defaults", "base"]
+    assert [row.split(",")[-1] for row in asked.table.read_text().splitlines()] == ["verdict", "winner", *["worse"] * 3]
+    assert asked.picture.is_file()

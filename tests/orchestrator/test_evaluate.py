@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
+from evaluation.evaluate import name_files
+from evaluation.subjects import match_prompts, read_book
 from orchestrator.__main__ import main
-from tests.evaluation.conftest import build_open_clip, noise
+from tests.evaluation.conftest import build_dino, build_open_clip, noise
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -113,14 +115,21 @@ def test_what_does_not_map_is_listed_and_the_rest_is_judged(evaluate: Command, w
         ("unmapped", "nothing can be judged: vase"),
         ("corrupt", "cannot be decoded"),
         ("no references", "got none"),
+        ("of a class", "metric pres judges pictures of a trial's class_prompts"),
     ],
 )
-def test_bad_input_is_one_line(evaluate: Command, world: Path, how: str, part: str):
+def test_bad_input_is_one_line(evaluate: Command, world: Path, capfd: pytest.CaptureFixture[str], how: str, part: str):
     (world / "empty").mkdir()
     (world / "other" / "vase").mkdir(parents=True)
     noise(1).save(world / "other" / "vase" / "a vase.png")
     if how == "corrupt":
         (world / "bad" / "cat2" / "0000_a cat.png").write_bytes(b"not a picture")
+    if how == "of a class":
+        tree = yaml.safe_load((world / "metrics.yaml").read_text())
+        build_dino(world / "dino")
+        tree["metrics"]["pres"] = {"kind": "prior_preservation", "model": str(world / "dino")}
+        (world / "metrics.yaml").write_text(yaml.safe_dump(tree))
+        capfd.readouterr()  # bars of the model that was saved
     source = {"nothing there": "gone", "empty": "empty", "unmapped": "other"}.get(how, "bad")
     given = {"no prompts": (), "no references": GIVEN[:2]}.get(how, GIVEN)
     code, _, err = evaluate(source, *given)
@@ -132,11 +141,72 @@ def test_bad_input_is_one_line(evaluate: Command, world: Path, how: str, part: s
 @pytest.mark.skipif(not PHOTOS, reason="set DREAMBENCH to the folder of google/dreambooth's data set")
 def test_every_folder_of_dreambench_has_a_line_of_the_summary(evaluate: Command):
     assert PHOTOS
+    build_dino(Path("dino"))
+    tree = yaml.safe_load(Path("metrics.yaml").read_text())
+    tree["metrics"]["dino"] = {"kind": "dino", "model": "./dino"}
+    Path("metrics.yaml").write_text(yaml.safe_dump(tree))
     code, out, _ = evaluate(PHOTOS, "--prompts", f"{PHOTOS}/prompts_and_classes.txt", "--photos")
+    records = [json.loads(line) for line in Path("results/records.jsonl").read_text().splitlines()]
     rows = list(csv.DictReader(Path("results/evaluation_summary.csv").read_text().splitlines()))
     assert code == 0
     assert "left out" not in out
     assert [row["subject"] for row in rows] == sorted(
         folder.name for folder in Path(PHOTOS).iterdir() if folder.is_dir()
     )
-    assert all(0 < float(row["CLIP-I"]) < 1 for row in rows)
+    assert list(rows[0]) == ["subject", "num_prompts", "CLIP-I", "CLIP-T", "DINO"]
+    assert all(0 < float(row[column]) < 1 for row in rows for column in ("CLIP-I", "DINO"))
+    assert {one["file"] for one in records} == {str(file) for file in Path(PHOTOS).resolve().glob("*/*.jpg")}
+
+
+@pytest.mark.skipif(not PHOTOS, reason="set DREAMBENCH to the folder of google/dreambooth's data set")
+def test_pictures_of_every_dreambench_prompt_are_found_again_by_their_names():
+    assert PHOTOS
+    for token in (None, "sks"):
+        book = read_book(Path(PHOTOS) / "prompts_and_classes.txt", token)
+        for prompts in book.subjects.values():
+            files = [Path(file) for file in name_files(prompts, (0, 1)).values()]
+            found, strange = match_prompts(files, prompts)
+            assert not strange
+            assert len(found) == len(files) == 50
+
+
+HPO = Path(__file__).parents[2] / "studies" / "hpo.yaml"
+SHORT = ("--draw", str(HPO), "--set", "evaluate.steps=1", "--set", "evaluate.seeds=[5]")
+
+
+def test_the_untrained_model_is_drawn_with_and_scored_on_the_spot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(("evaluate", "base", "base", *SHORT, "--output", "found")) == 0
+    printed = capfd.readouterr().out
+    assert "A is the untrained model" in printed
+    assert "clip_t: B is not clearly different from A: +0.0000" in printed
+    for name in ("A", "B"):
+        (row,) = csv.DictReader(Path("found", name, "evaluation_summary.csv").read_text().splitlines())
+        records = [json.loads(line) for line in Path("found", name, "records.jsonl").read_text().splitlines()]
+        assert (row["subject"], row["num_prompts"], len(records)) == ("panel", "8", 8)
+        assert float(row["CLIP-T"]) == pytest.approx(np.mean([one["values"]["clip_t"] for one in records]), abs=1e-6)
+        assert all(Path(one["file"]).is_file() for one in records)
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (("nowhere", *SHORT), "expected an adapter"),
+        (("base", *SHORT, "--prompts", "prompts.txt"), "got --prompts with --draw"),
+        (("base", "--draw", "gone.yaml"), "no such file"),
+    ],
+)
+def test_what_cannot_be_drawn_and_scored_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    argv: tuple[str, ...],
+    part: str,
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(("evaluate", *argv)) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1, err
+    assert part in err

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from orchestrator.mlflow_mirror import flatten
 from orchestrator.progress import objectives, scores
+from orchestrator.tracker import Evidence
 from orchestrator.trackers.mlflow import MlflowTracker
 from tests.contracts.tracker import Curves, TrackerContract
 from tests.orchestrator.mlflow_store import child, opened, runs, snapshot
@@ -245,3 +246,23 @@ def test_a_config_is_flattened_to_dotted_paths() -> None:
 def test_a_store_s_address_is_checked_when_the_study_is_read(uri: str, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         MlflowTracker(uri=uri)
+
+
+def test_what_fresh_seeds_said_is_sent_once_to_the_study_and_its_best_trials(study: FakeStudy) -> None:
+    study.complete(study.start())
+    study.complete(study.start(), value=0.5)
+    folder = study.output / study.name / "confirm" / "0001-0000_4"
+    folder.mkdir(parents=True)
+    (folder / "confirmation.csv").write_text("contestant,value\n")
+    told = replace(study.view, evidence=Evidence(1, {1: 0.4, 0: 0.2}, (folder / "confirmation.csv",)))
+    tracker = MlflowTracker()
+    tracker.mirror(study.view, study.trials)
+    tracker.mirror(told, study.trials)
+    after = snapshot(study)
+    assert child(study, 1).data.metrics["objective_fresh"] == 0.4
+    assert child(study, 0).data.metrics["objective_fresh"] == 0.2
+    (parent,) = [run for run in runs(study) if "trial" not in run.data.tags]
+    assert parent.data.tags["winner"] == "1"
+    assert any(path.endswith("confirmation/confirmation.csv") for path in after["files"])
+    MlflowTracker().mirror(told, study.trials)
+    assert snapshot(study) == after

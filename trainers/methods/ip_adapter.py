@@ -162,9 +162,9 @@ class IpAdapterConfig(TunedConfig):
         return IpAdapterMethod(self, seed, model, tuned, Inputs(images, texts, self._vectors(frozen, rows)))
 
     @override
-    def check_finished(self, folder: Path, *, weak: bool) -> None:
+    def check_finished(self, folder: Path, *, weak: bool, any_size: bool = False) -> None:
         if self.train_unet:
-            super().check_finished(folder, weak=weak)
+            super().check_finished(folder, weak=weak, any_size=any_size)
         else:
             MethodConfig.check_finished(self, folder, weak=weak)
 

@@ -1,3 +1,5 @@
+# pyright: basic
+
 import shutil
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from torch import nn
 
 from evaluation.encoders import ClipEncoders
 from evaluation.metrics.aesthetic import Aesthetic, load_head
-from tests.contracts.metric import MetricContract
+from tests.contracts.metric import PictureMetricContract
 from tests.evaluation.conftest import save_head
 from trainers.cache import Cache
 from trainers.errors import ModelError
@@ -33,7 +35,7 @@ class Predictor(nn.Module):
         return self.layers(x)
 
 
-class TestAesthetic(MetricContract):
+class TestAesthetic(PictureMetricContract):
     @pytest.fixture(params=["open_clip", "transformers"])
     def metric(self, request, open_clip_folder, transformers_folder, head_file):
         folder = open_clip_folder if request.param == "open_clip" else transformers_folder

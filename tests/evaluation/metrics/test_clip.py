@@ -1,3 +1,5 @@
+# pyright: basic
+
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +8,7 @@ import torch
 
 from evaluation.encoders import ClipEncoders
 from evaluation.metrics.clip import ClipImage, ClipText
-from tests.contracts.metric import MetricContract
+from tests.contracts.metric import PictureMetricContract
 from tests.evaluation.conftest import noise
 from trainers.cache import Cache
 from trainers.prompt import Prompt, Sample
@@ -30,7 +32,7 @@ def folder(request, open_clip_folder, transformers_folder):
     return open_clip_folder if request.param == "open_clip" else transformers_folder
 
 
-class TestClipText(MetricContract):
+class TestClipText(PictureMetricContract):
     @pytest.fixture
     def metric(self, folder):
         return ClipText(model=folder)
@@ -60,7 +62,7 @@ class TestClipText(MetricContract):
         assert scorer.values([Sample(Prompt(text="its opposite"), 0, noise(1))]) == [pytest.approx(-1, abs=1e-5)]
 
 
-class TestClipImage(MetricContract):
+class TestClipImage(PictureMetricContract):
     @pytest.fixture
     def metric(self, folder):
         return ClipImage(model=folder)

@@ -1,3 +1,5 @@
+# pyright: basic
+
 import math
 
 import pytest
@@ -6,7 +8,7 @@ from PIL import Image
 
 from evaluation.encoders import ClipEncoders
 from evaluation.metrics.identity import Identity
-from tests.contracts.metric import MetricContract
+from tests.contracts.metric import PictureMetricContract
 from trainers.cache import Cache
 from trainers.errors import DataError
 from trainers.face import Face
@@ -22,7 +24,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-class TestIdentity(MetricContract):
+class TestIdentity(PictureMetricContract):
     @pytest.fixture
     def metric(self, folder):
         return Identity(faces=MiniatureFaceConfig(path=folder))

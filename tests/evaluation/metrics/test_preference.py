@@ -1,3 +1,5 @@
+# pyright: basic
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from safetensors.torch import load_file
 
 from evaluation.encoders import ClipEncoders
 from evaluation.metrics.preference import Preference
-from tests.contracts.metric import MetricContract
+from tests.contracts.metric import PictureMetricContract
 from tests.evaluation.conftest import build_open_clip, noise
 from trainers.cache import Cache
 from trainers.errors import ModelError
@@ -26,7 +28,7 @@ def encoders(tmp_path):
     return ClipEncoders(torch.device("cpu"), Cache(tmp_path / "cache"))
 
 
-class TestPreference(MetricContract):
+class TestPreference(PictureMetricContract):
     @pytest.fixture
     def references(self):
         return []
