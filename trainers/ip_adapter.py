@@ -1,8 +1,7 @@
 """Conditioners and streams of one UNet, the model that hears them, and their files."""
 
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,13 +13,14 @@ from typing_extensions import override
 
 from trainers.adapters.attention import STRENGTHS, TOKENS, AttentionStreams, cross_attention_processors
 from trainers.adapters.tokens import TokenConditioner, read_embedding, stack
-from trainers.backbone import Backbone, Condition, Model, SchedulerName
+from trainers.backbone import Backbone, Condition
 from trainers.batch import init_seed
 from trainers.data.transforms import open_picture
 from trainers.errors import ConfigError, DataError, ModelError
 from trainers.prompt import Prompt
 from trainers.streams import STREAMS, AdaptersConfig, EmbedToToken, StreamName, TokensConfig
 from trainers.vision import ImageEncoder
+from trainers.wrapped import Wrapped
 
 IMAGE_FILE = "ip_adapter.safetensors"
 """The image stream, as diffusers' `load_ip_adapter` reads it."""
@@ -142,7 +142,7 @@ class IpAdapter(nn.Module):
         return json.dumps({"tokens": tokens, "layers": layers}, sort_keys=True)
 
 
-class IpAdapted(Model):
+class IpAdapted(Wrapped[Backbone]):
     """A backbone whose prompts may carry a picture, an embedding or a label; without any they are the backbone's."""
 
     def __init__(self, backbone: Backbone, adapter: IpAdapter, encoder: Callable[[], ImageEncoder] | None) -> None:
@@ -153,14 +153,9 @@ class IpAdapted(Model):
             adapter: Its streams.
             encoder: Loads what turns prompts' pictures into embeddings, if there is such a thing.
         """
-        self.backbone, self.adapter, self._encoder = backbone, adapter, encoder
-        self.device = backbone.device
-        self._scale = 1.0
+        super().__init__(backbone)
+        self.adapter, self._encoder = adapter, encoder
         adapter.streams.install(backbone.denoiser)
-
-    @override
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return self.backbone.latent_shape(height, width)
 
     @override
     @torch.no_grad()
@@ -179,28 +174,10 @@ class IpAdapted(Model):
 
     @override
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        if self._scale != 1:
-            strengths = torch.full((len(x_t),), self._scale, device=self.device)
+        if self.scale != 1:
+            strengths = torch.full((len(x_t),), self.scale, device=self.device)
             condition = replace(condition, extra={**condition.extra, STRENGTHS: strengths})
         return self.backbone.denoise(x_t, t, condition)
-
-    @override
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.backbone.decode(latents)
-
-    @override
-    def sampling_scheduler(self, name: SchedulerName) -> Any:
-        return self.backbone.sampling_scheduler(name)
-
-    @override
-    @contextmanager
-    def adapter_scale(self, scale: float) -> Generator[None]:
-        previous, self._scale = self._scale, scale
-        try:
-            with self.backbone.adapter_scale(scale):
-                yield
-        finally:
-            self._scale = previous
 
     def _length(self, stream: StreamName) -> int:
         return self.adapter.conditioner(stream).config.in_features

@@ -36,6 +36,8 @@ class Prompt(Config):
     text: Annotated[str, Field(min_length=1)]
     image: LocalPath | None = None
     """A picture to look like, or a photo of whom to show."""
+    more_images: Annotated[tuple[LocalPath, ...], Field(min_length=1)] | None = None
+    """Further photos of the person in `image`."""
     label: tuple[float, ...] | None = None
     """Label vector."""
     embedding: LocalPath | None = None
@@ -64,7 +66,7 @@ class Prompt(Config):
     def __str__(self) -> str:
         """The words, and in brackets what tells this prompt from others with the same words, on every machine alike."""
         details = [
-            self.image and _name(self.image),
+            self.image and " and ".join(map(_name, (self.image, *(self.more_images or ())))),
             " ".join(f"{value:.9g}" for value in self.label or ()),
             self.embedding and _name(self.embedding),
             self.box and _numbers(self.box),

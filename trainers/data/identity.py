@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
 from typing_extensions import override
@@ -19,6 +20,11 @@ from trainers.config import LocalPath
 from trainers.data.transforms import VERSION, open_picture, upright_size
 from trainers.errors import DataError
 from trainers.framing import Framing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+log = logging.getLogger(__name__)
 
 _Corners = tuple[float, float, float, float]
 _Side = Annotated[int, Field(gt=0)]
@@ -71,6 +77,9 @@ class IdentityConfig(DataConfig):
     resolution: PositiveInt
     mirror: bool = True
     """Whether every photo is also shown mirrored, its box with it."""
+    min_face: NonNegativeInt = 16
+    """A face with a shorter side than this, in pixels of the picture that is trained on, says nothing of anybody: the
+    photo is left out and counted, or, if the data is strict, an error."""
     holdout: NonNegativeInt = 0
     """So many photos, chosen by a hash of their bytes, are kept from training; two of each person always stay."""
     embeddings: LocalPath | None = None
@@ -106,6 +115,10 @@ class IdentityConfig(DataConfig):
         """Raise ValueError if no photos are held out: there is nothing to evaluate a loss on."""
         if not self.holdout:
             raise ValueError("validation needs photos that are held out; set data.holdout")
+
+    def check_references(self, count: int) -> None:
+        """Raise DataError if somebody has no so many photos besides the one that is learnt."""
+        check_people(self._examples(), self.index_path, count + 1)
 
     def check_captions(self, trigger: str) -> None:
         """Look at every caption.
@@ -173,6 +186,12 @@ class IdentityConfig(DataConfig):
                 f"{self.index_path}: {name!r}: face_crop is {entry.face_crop} in a picture {original[1]} wide and "
                 f"{original[0]} high; expected left < right and top < bottom inside it"
             )
+        framing = Framing.around(original, self.size, face)
+        if complaint := self._too_small(framing.box(face)):
+            if self.strict:
+                raise DataError(f"{self.index_path}: {name!r}: {complaint}")
+            log.warning("%s: %r: %s", self.index_path, name, complaint)
+            return None
         identity = entry.identity if entry.identity is not None else str(Path(name).parent)
         return IdentityExample(
             key="",
@@ -180,19 +199,32 @@ class IdentityConfig(DataConfig):
             prompt=entry.text,
             identity=identity,
             face=face,
-            framing=Framing.around(original, self.size, face),
+            framing=framing,
             body=entry.body_crop,
             whole=entry.orig_image_size,
+        )
+
+    def _too_small(self, box: tuple[int, int, int, int]) -> str | None:
+        width, height = box[2] - box[0], box[3] - box[1]
+        if min(width, height) >= self.min_face:
+            return None
+        return (
+            f"the face is {width} x {height} pixels large at resolution {self.resolution}; expected at least "
+            f"{self.min_face} (min_face): crop the photo closer, or remove it"
         )
 
     def _entries(self) -> dict[str, _Entry]:
         file = self.index_path
         try:
-            tree: Any = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-        except FileNotFoundError as error:
+            content = file.read_bytes()
+            tree: Any = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+        except OSError as error:
             raise DataError(f"{file}: no such file; expected a JSON index of the photos in {self.path}") from error
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            raise DataError(f"{file}, line {line}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
         except ValueError as error:
-            raise DataError(f"{file}: not JSON in UTF-8, or not clear ({error})") from error
+            raise DataError(f"{file}: not JSON, or not clear ({error})") from error
         if not isinstance(tree, dict) or not tree:
             raise DataError(f"{file}: expected a JSON object that maps photos to their captions and boxes, not empty")
         return {name: self._entry(name, entry) for name, entry in cast("dict[str, Any]", tree).items()}
@@ -216,17 +248,18 @@ def find_trigger(text: str, trigger: str) -> str | None:
     return None
 
 
-def check_people(examples: tuple[IdentityExample, ...], where: Path) -> None:
-    """Make sure that everybody has a second photo.
+def check_people(examples: tuple[IdentityExample, ...], where: Path, needed: int = 2) -> None:
+    """Make sure that everybody has photos enough.
 
     Raises:
-        DataError: Somebody has one photo; its reference would be the very picture that is to be learned.
+        DataError: Somebody has fewer than needed; a reference would be the very picture that is to be learned.
     """
     photos = Counter(identity for identity, _ in {(example.identity, example.path) for example in examples})
     for identity, count in photos.items():
-        if count < 2:
+        if count < needed:
             raise DataError(
-                f"{where}: one usable photo of {identity!r}; expected at least two: the reference must be another photo"
+                f"{where}: usable photos of {identity!r} to train on: {count}; expected at least {needed}: references "
+                "must be other photos"
             )
 
 
@@ -234,6 +267,16 @@ def others(examples: tuple[IdentityExample, ...], index: int, among: int) -> lis
     """Which of the first `among` examples are other photos of the person at `index`, mirrored or not."""
     me = examples[index]
     return [i for i, one in enumerate(examples[:among]) if one.identity == me.identity and one.path != me.path]
+
+
+def choose_photos(
+    examples: tuple[IdentityExample, ...], first: int, candidates: Iterable[int], count: int
+) -> list[int]:
+    """`first` and then candidates, as they come, of files that are not yet chosen: `count` photos."""
+    chosen = {examples[first].path: first}
+    for candidate in candidates:
+        chosen.setdefault(examples[candidate].path, candidate)
+    return list(chosen.values())[:count]
 
 
 def _mirror(example: IdentityExample) -> IdentityExample:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import override
 
 import trainers.faces  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the kinds
@@ -13,7 +13,7 @@ from trainers.backbones.sdxl import SdxlConfig
 from trainers.batch import Stream, init_seed
 from trainers.branching import DEFAULT_PHASES, BranchConfig, Fraction, Phases
 from trainers.config import LocalPath
-from trainers.data.identity import IdentityConfig, IdentityExample, check_people, others
+from trainers.data.identity import IdentityConfig, IdentityExample, check_people, choose_photos, others
 from trainers.errors import ConfigError, ModelError
 from trainers.face import FaceConfig
 from trainers.method import Method, Trained
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import torch
     from accelerate import Accelerator
     from jaxtyping import Float
     from torch import Tensor
@@ -53,6 +54,8 @@ class PhotoMakerConfig(TunedConfig):
     trigger_word: Annotated[str, Field(pattern=r"^\w+$")] = "img"
     """Stands right after the class word in captions and prompts, as in "a man img in a suit"."""
     lora: LoraConfig | None = LoraConfig(rank=16)
+    references: PositiveInt = 1
+    """Other photos of its person that a picture is learnt with: all give tokens, the first is what branches look at."""
     branches: BranchConfig = BranchConfig()
     branch_lr_scale: PositiveFloat = 10.0
     """The branches' learning rate is the optimizer's times this: their gates have a long way to go."""
@@ -95,6 +98,7 @@ class PhotoMakerConfig(TunedConfig):
         if not self.photomaker.is_file():
             raise ModelError(f"{self.photomaker}: no such file; expected photomaker-v2.bin (train.photomaker)")
         self.data.check_captions(self.trigger_word)
+        self.data.check_references(self.references)
         if self.faces is not None:
             self.faces.check()
         elif self.data.embeddings is None:
@@ -124,7 +128,7 @@ class PhotoMakerConfig(TunedConfig):
         frozen = Frozen(self.backbone, model.backbone, Cache(cache) if cache else None, accelerator)
         images = encode_images(frozen, self.data, held_out=self.validation is not None)
         images, identities = identify(frozen, images, self, model)
-        check_people(cast("tuple[IdentityExample, ...]", images.split.train), self.data.index_path)
+        check_people(cast("Any", images.split.train), self.data.index_path, self.references + 1)
         return PhotoMakerMethod(self, seed, model, (images, identities), accelerator)
 
     @override
@@ -185,7 +189,7 @@ class PhotoMakerMethod(Method):
         self.unreadable = self._images.split.unreadable
         self.photomaker, self._accelerator = model, accelerator
         everyone = cast("tuple[IdentityExample, ...]", (*self.examples, *self.held_out))
-        self._boxes = [example.box for example in everyone]
+        self._people, self._boxes = everyone, [example.box for example in everyone]
         self._others = [others(everyone, i, len(self.examples)) for i in range(len(everyone))]
         self._denoising = Denoising(model.backbone, self._images, config.loss, seed)
         self._trained = tune(model.backbone, config, seed)
@@ -267,12 +271,22 @@ class PhotoMakerMethod(Method):
             torch.stack([box_mask(self._boxes[i], self.data.size, (shape[1], shape[2])) for i in chosen])
             for chosen in (indices, references)
         ]
+        which = zip(indices, references, rows, strict=True)
+        photos = [photo for i, reference, row in which for photo in self._photos(i, reference, rngs[row])]
         return People(
-            self._identities.tokens(references, model),
+            self._identities.tokens(photos, model).reshape(len(rows), -1, model.encoder.sizes.width),
             model.clean_latents(self._images.select(references, device)),
             noise.to(device, non_blocking=True),
             *(mask.to(device, non_blocking=True) for mask in masks),
         )
+
+    def _photos(self, index: int, reference: int, rng: torch.Generator) -> list[int]:
+        """The reference of the person at `index`, and as many further photos as are wanted."""
+        import torch
+
+        candidates = self._others[index]
+        order = cast("list[int]", torch.randperm(len(candidates), generator=rng).tolist())
+        return choose_photos(self._people, reference, (candidates[i] for i in order), self.config.references)
 
     def _mean(self, errors: Float[Tensor, "b c h w"], batch: Batch, kept: list[bool]) -> Float[Tensor, " b"]:
         """Each row's mean over all of it and, if it shows its person, over the face's box."""

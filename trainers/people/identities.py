@@ -96,6 +96,11 @@ def _look(
         upright = Framing(size, size, (0, 0), size, example.framing.mirrored)
         image, box = upright.apply(image), upright.box(example.face)
         vector = known_vector(known, example.path, data.path) if known else None
+        if vector is None and model.faces is None:
+            raise DataError(
+                f"{data.embeddings}: no embedding of {example.path}; expected it under the photo's path in the index, "
+                "its name or its stem; add it, or set train.faces"
+            )
         try:
             vector, _ = find_face(model.faces, image, example.path, vector, box)
         except DataError:
@@ -131,12 +136,14 @@ def _keep(images: Images, kept: list[int], faceless: tuple[Path, ...]) -> Images
 
 def _read(frozen: Frozen, captions: list[str], config: PhotoMakerConfig, model: PhotoMaker) -> Words:
     """Embeddings of all captions, through the cache, in host memory."""
-    count = str(model.encoder.sizes.tokens)
+    count = str(model.encoder.sizes.tokens * config.references)
     network = digest(frozen.describe(frozen.config.text_files(), frozen.backbone.dtype), config.trigger_word, count)
     options = frozen.config.text_options
 
     def make(i: int) -> Tensors:
-        return {name: value.cpu() for name, value in model.reader.read(captions[i]).tensors().items()}
+        return {
+            name: value.cpu() for name, value in model.reader.read(captions[i], config.references).tensors().items()
+        }
 
     rows = frozen.share(lambda i: digest("words", captions[i], network, *options), make, len(captions))
     return Words.cat([Words(**row) for row in rows if row is not None])

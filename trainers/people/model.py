@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +13,7 @@ from typing_extensions import override
 
 from trainers.adapters.branched import Branches, Faces, box_mask
 from trainers.adapters.photomaker import IdEncoder, face_pixels, identity_features
-from trainers.backbone import Condition, Model, Moments, TextEmbeddings
+from trainers.backbone import Condition, Moments, TextEmbeddings
 from trainers.batch import Geometry
 from trainers.branching import mode_at
 from trainers.data.transforms import open_picture
@@ -22,15 +21,15 @@ from trainers.errors import ConfigError
 from trainers.framing import Framing
 from trainers.people.face_vectors import find_face, read_embedding
 from trainers.people.words import Reader, Words
+from trainers.wrapped import Wrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from jaxtyping import Bool, Float, Int
     from PIL import Image
     from torch import Tensor
 
-    from trainers.backbone import SchedulerName
     from trainers.backbones.sdxl import Sdxl
     from trainers.branching import BranchConfig, Mode, Phase
     from trainers.face import FaceEmbedder
@@ -42,9 +41,9 @@ class People:
     """Whom the rows of a call show, and where."""
 
     tokens: Float[Tensor, "b k width"]
-    """Of the identity encoder."""
+    """Of the identity encoder, of all photos of a row's person, one after the other."""
     latents: Float[Tensor, "b c h w"]
-    """Of the reference photo, without noise."""
+    """Of the reference, the first of these photos, without noise."""
     noise: Float[Tensor, "b c h w"]
     """The reference's own."""
     mask: Float[Tensor, "b 1 h w"]
@@ -67,7 +66,7 @@ class Options:
     trigger: str
 
 
-class PhotoMaker(Model):
+class PhotoMaker(Wrapped["Sdxl"]):
     """SDXL with an identity encoder, and branches in its self-attention."""
 
     def __init__(
@@ -78,35 +77,12 @@ class PhotoMaker(Model):
         options: Options,
         faces: FaceEmbedder | None,
     ) -> None:
-        self.backbone, self.encoder, self.branches, self.options = backbone, encoder, branches, options
-        self.device = backbone.device
+        super().__init__(backbone)
+        self.encoder, self.branches, self.options = encoder, branches, options
         self.reader = Reader(backbone, options.trigger, encoder.sizes.tokens)
         self.faces = faces
-        self._scale = 1.0
         strategy, prompt = options.branches.face_embed_strategy, options.branches.face_prompt
         self._face_prompt = backbone.encode_prompts([prompt]) if strategy == "face" else None
-
-    @override
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return self.backbone.latent_shape(height, width)
-
-    @override
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
-        return self.backbone.decode(latents)
-
-    @override
-    def sampling_scheduler(self, name: SchedulerName) -> Any:
-        return self.backbone.sampling_scheduler(name)
-
-    @override
-    @contextmanager
-    def adapter_scale(self, scale: float) -> Generator[None]:
-        previous, self._scale = self._scale, scale
-        try:
-            with self.backbone.adapter_scale(scale):
-                yield
-        finally:
-            self._scale = previous
 
     @override
     @torch.no_grad()
@@ -121,7 +97,7 @@ class PhotoMaker(Model):
                 rows.append(self.tell_nobody(plain, self.latent_shape(height, width)))
                 continue
             self._check(prompt, height, width)
-            key = (prompt.image, prompt.image_box, prompt.embedding)
+            key = (prompt.image, prompt.more_images, prompt.image_box, prompt.embedding)
             if key not in people:
                 people[key] = self._meet(prompt, (height, width))
             rows.append(self._tell_one(prompt, people[key], (height, width)))
@@ -140,15 +116,19 @@ class PhotoMaker(Model):
             raise ConfigError(f"the prompt {str(prompt)!r}: box {prompt.box} is not inside {width} x {height} pixels")
 
     def _meet(self, prompt: Prompt, size: tuple[int, int]) -> tuple[Tensor, Tensor, Box]:
-        """Tokens and latents of a prompt's reference photo, and the face's box in it, framed to `size`."""
+        """Tokens of a prompt's photos, latents of the first, and the face's box in that, framed to `size`."""
         assert prompt.image is not None
         image = open_picture(prompt.image)
         vector = read_embedding(prompt.embedding, prompt.image) if prompt.embedding else None
         vector, box = find_face(self.faces, image, prompt.image, vector, prompt.image_box)
-        tokens = self.identify(image, box, vector)
+        tokens = [self.identify(image, box, vector)]
+        for path in prompt.more_images or ():
+            other = open_picture(path)
+            vector, place = find_face(self.faces, other, path, None, None)
+            tokens.append(self.identify(other, place, vector))
         framing = Framing.around((image.height, image.width), size, box)
         pixels = torch.from_numpy(np.asarray(framing.apply(image), np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
-        return tokens, self.clean_latents(self.backbone.encode_image(pixels)), framing.box(box)
+        return torch.cat(tokens, 1), self.clean_latents(self.backbone.encode_image(pixels)), framing.box(box)
 
     def _tell_one(self, prompt: Prompt, met: tuple[Tensor, Tensor, Box], size: tuple[int, int]) -> Condition:
         tokens, latents, reference_box = met
@@ -158,7 +138,7 @@ class PhotoMaker(Model):
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(int(state[0]))).to(self.device)
         grid = cast("tuple[int, int]", tuple(latents.shape[-2:]))
         masks = [box_mask(box, size, grid)[None].to(self.device) for box in (prompt.box, reference_box)]
-        told = self.reader.read(prompt.text)
+        told = self.reader.read(prompt.text, 1 + len(prompt.more_images or ()))
         return self.tell(told, People(tokens, latents, noise, *masks), [Geometry.whole(*size)])
 
     def identify(self, image: Image.Image, box: Box, vector: Float[Tensor, " n"]) -> Float[Tensor, "1 k width"]:
@@ -268,7 +248,7 @@ class PhotoMaker(Model):
             beside.extra["reference_mask"],
             beside.extra["identity"],
             torch.cat([everything, beside.extra["face_tokens"]]) if masked else None,
-            self._scale,
+            self.scale,
         )
         both = Condition.cat([ahead, behind])
         # One object, not tensors of one row each: its rows are the last of the call.

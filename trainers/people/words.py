@@ -64,13 +64,13 @@ class Reader:
             add_trigger(config.load_tokenizer(CLIPTokenizer, name), trigger) for name in config.tokenizer_names
         ]
 
-    def read(self, prompt: str) -> Words:
-        """One prompt's embeddings, without gradients.
+    def read(self, prompt: str, photos: int = 1) -> Words:
+        """One prompt's embeddings, without gradients, for an identity that so many photos tell.
 
         Raises:
             DataError: It has not exactly one trigger word right after a class word.
         """
-        hidden, pooled, mask = self._embed(prompt, self._count)
+        hidden, pooled, mask = self._embed(prompt, self._count * photos)
         plain_hidden, plain_pooled, _ = self._embed(prompt, 1)
         return Words(hidden, pooled, mask, plain_hidden, plain_pooled)
 

@@ -1,3 +1,4 @@
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false
 import json
 
 import numpy as np
@@ -146,9 +147,9 @@ def test_boxes_belong_to_the_upright_photo(tmp_path):
     assert all(abs(a - b) <= 1 for a, b in zip(found, example.box, strict=True))
 
 
-def test_a_face_of_a_few_pixels_is_fine_and_its_box_has_pixels(tmp_path, index):
+def test_the_box_of_a_tiny_face_has_pixels(tmp_path, index):
     write(tmp_path, {name: {**ENTRY, "face_crop": [50, 20, 51, 21]} for name in index})
-    left, top, right, bottom = config(tmp_path).split().train[0].box
+    left, top, right, bottom = config(tmp_path, min_face=1).split().train[0].box
     assert right > left
     assert bottom > top
 
@@ -197,7 +198,7 @@ def test_a_caption_names_its_person_once_after_the_class_word(tmp_path, index, t
 
 def test_somebody_with_one_photo_is_an_error_that_names_them(tmp_path, index):
     write(tmp_path, {name: entry for name, entry in index.items() if name not in {"berta/0.png", "berta/1.png"}})
-    with pytest.raises(DataError, match="one usable photo of 'berta'"):
+    with pytest.raises(DataError, match="usable photos of 'berta' to train on: 1; expected at least 2"):
         config(tmp_path).check()
 
 
@@ -205,7 +206,7 @@ def test_mirrored_copies_are_no_second_photo(tmp_path, index):
     examples = config(tmp_path).split().train
     anna = tuple(example for example in examples if example.path.parent.name == "anna" and example.path.name == "0.png")
     assert len(anna) == 2
-    with pytest.raises(DataError, match="one usable photo"):
+    with pytest.raises(DataError, match="to train on: 1"):
         check_people(anna, tmp_path)
 
 
@@ -239,6 +240,33 @@ def test_a_photo_that_is_rubbish_is_left_out_and_counted_unless_the_data_is_stri
     assert len(split.train) == 10
     with pytest.raises(DataError, match=r"'anna/1\.png': not a picture"):
         config(tmp_path, strict=True).check()
+
+
+def test_a_face_of_a_few_pixels_is_left_out_and_counted_unless_the_data_is_strict(tmp_path, index):
+    index["anna/1.png"]["face_crop"] = [20, 10, 28, 18]
+    write(tmp_path, index)
+    split = config(tmp_path).split()
+    assert [path.name for path in split.unreadable] == ["1.png"]
+    assert len(split.train) == 10
+    message = r"index\.json: 'anna/1\.png': the face is 8 x 8 pixels large at resolution 64; expected at least 16"
+    with pytest.raises(DataError, match=message):
+        config(tmp_path, strict=True).check()
+    assert len(config(tmp_path, min_face=8).split().train) == 12
+
+
+def test_how_large_a_face_is_counts_after_resizing(tmp_path, index):
+    """Every face is 32 pixels large in photos 64 pixels high."""
+    assert len(config(tmp_path, resolution=32, min_face=16).split().train) == 12
+    with pytest.raises(DataError, match="the face is 16 x 16"):
+        config(tmp_path, resolution=32, min_face=17, strict=True).check()
+
+
+def test_an_index_that_is_not_utf8_is_named_with_its_line(tmp_path, index):
+    lines = (tmp_path / "index.json").read_text().replace("}, ", "},\n").encode().split(b"\n")
+    lines[2] = lines[2].replace(b"in red", b"in caf\xe9")
+    (tmp_path / "index.json").write_bytes(b"\n".join(lines))
+    with pytest.raises(DataError, match=r"index\.json, line 3: not UTF-8 text"):
+        config(tmp_path).check()
 
 
 def test_the_index_may_lie_elsewhere(tmp_path, index):

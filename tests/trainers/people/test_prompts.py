@@ -1,3 +1,4 @@
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false
 import json
 
 import pytest
@@ -66,6 +67,19 @@ class TestPrompts:
         monkeypatch.setattr("trainers.faces.miniature.MiniatureFace.find", lambda self, image, box=None: None)
         with pytest.raises(DataError, match=r"anna/1\.png: no face found"):
             method.model.prepare([prompt(people)], 64, 64)
+
+    def test_an_identity_is_pooled_from_all_photos_of_a_prompt(self, method, people):
+        model, further = method.model, people / "anna" / "2.png"
+        told = prompt(people)
+        alone, both = (model.prepare([prompt(people, more_images=more)], 64, 64).extra for more in (None, (further,)))
+        tokens = []
+        for path, box in ((told.image, told.image_box), (further, None)):
+            image = Image.open(path).convert("RGB")
+            face = model.faces.find(image, box)
+            tokens.append(model.identify(image, box or face.box, face.embedding))
+        torch.testing.assert_close(alone["identity"], tokens[0].mean(1))
+        torch.testing.assert_close(both["identity"], torch.cat(tokens, 1).mean(1))
+        assert torch.equal(alone["latents"], both["latents"]), "branches look at the first alone"
 
     def test_pictures_of_other_shapes_can_be_drawn(self, method, people):
         shake(method)

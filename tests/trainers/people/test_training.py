@@ -1,3 +1,4 @@
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false
 import pytest
 import torch
 from PIL import Image
@@ -36,6 +37,38 @@ class TestTraining:
                 assert reference.identity == mine.identity
                 assert reference.path != mine.path
         assert len({tuple(chosen) for chosen in seen}) > 4
+
+    def test_further_photos_are_of_the_same_person_and_all_different(self, make, accelerator):
+        config = make(references=2)
+        config.check()
+        method = config.build(0, None, accelerator)
+        one, tokens = make().build(0, None, accelerator), method._identities.seen["tokens"]
+        pairs = set()
+        for step in range(12):
+            batch = Batch(step, (0, 1), (0, 4))
+            shown = method.people(batch, [0, 1])
+            assert torch.equal(shown.latents, one.people(batch, [0, 1]).latents), "branches look at the first alone"
+            for row, index in enumerate(batch.indices):
+                parts = shown.tokens[row].unflatten(0, (2, -1))
+                photos = [next(i for i, known in enumerate(tokens) if torch.equal(known, part)) for part in parts]
+                chosen = [method.examples[photo] for photo in photos]
+                assert {example.identity for example in chosen} == {method.examples[index].identity}
+                assert len({method.examples[index].path, *(example.path for example in chosen)}) == 3
+                pairs.add(tuple(photos))
+        assert len(pairs) == 4, "both orders of the two others, for either person"
+
+    def test_the_class_word_stands_for_the_tokens_of_all_photos(self, make, accelerator):
+        method = make(references=2, condition_dropout=0.0, train_id_encoder=True).build(0, None, accelerator)
+        assert method._identities.words.mask.sum(1).unique().tolist() == [2 * method.photomaker.encoder.sizes.tokens]
+        method.losses(FOUR).sum().backward()
+        for name in ("branches", "id_encoder"):
+            assert any(
+                p.grad is not None and p.grad.abs().sum() > 0 for p in method.trained()[name].parameters().values()
+            )
+
+    def test_too_few_photos_for_the_references_are_found_before_anything_is_loaded(self, make):
+        with pytest.raises(DataError, match=r"to train on: 3; expected at least 4"):
+            make(references=3).check()
 
     def test_masks_are_the_boxes_of_picture_and_reference(self, method):
         shown = method.people(FOUR, [0, 1, 2, 3])
@@ -183,3 +216,12 @@ class TestFrozenWork:
         image = Image.open(people / "berta" / "0.png")
         expected = method.model.identify(image, tuple(FACE), vectors["berta/0.png"])
         torch.testing.assert_close(method._identities.seen["tokens"][rows[0]], expected[0])
+
+    def test_a_photo_without_an_embedding_is_named(self, make, accelerator, people, tmp_path):
+        from safetensors.torch import save_file
+
+        file = tmp_path / "some.safetensors"
+        save_file({"anna/0.png": tensor(6)}, file)
+        data = {"kind": "identity", "path": str(people), "resolution": 64, "embeddings": str(file)}
+        with pytest.raises(DataError, match=r"some\.safetensors: no embedding of .*anna/1\.png"):
+            make(faces=None, data=data).build(0, None, accelerator)
