@@ -3,6 +3,7 @@
 # pyright: basic
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -14,6 +15,10 @@ from orchestrator.confirm import Confirmation
 from trainers.miniature import recipe
 
 STUDY = Path(__file__).parents[2] / "studies" / "hpo.yaml"
+
+CANARY = "ca9a2b" * 6 + "bird"
+"""As long as a key of W&B's."""
+SECRETS = ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY")
 
 pytestmark = pytest.mark.slow
 
@@ -35,14 +40,18 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evaluate["metrics"]["aesthetic"]["head"] = str(folder / "aesthetic.safetensors")
     del tree["search"]["train.steps"]
     tree |= {"output": str(folder / "runs"), "confirm_seeds": 1, "limits": {"trials": 2}}
+    tree["tracker"] = [{"kind": "mlflow"}, {"kind": "tensorboard"}, {"kind": "wandb"}]
     (folder / "hpo.yaml").write_text(yaml.safe_dump(tree))
     return folder / "hpo.yaml"
 
 
 @pytest.fixture(scope="module")
-def root(study: Path) -> Path:
-    assert main(["run", str(study)]) == 0
-    return study.parent / "runs" / "hpo"
+def root(study: Path) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as environment:
+        for name in SECRETS:
+            environment.setenv(name, CANARY)
+        assert main(["run", str(study)]) == 0
+        yield study.parent / "runs" / "hpo"
 
 
 def test_every_trial_has_scores_pictures_and_an_adapter(root: Path) -> None:
@@ -81,6 +90,14 @@ def test_mlflow_has_one_run_for_each_trial_below_the_studys(root: Path) -> None:
     assert sorted(run.data.tags["trial"] for run in runs) == ["0", "1"]
     assert all("version.torch" in run.data.tags and "torch" not in run.data.tags for run in runs)
     assert all("train.optimizer.lr" in " ".join(run.data.params) for run in runs)
+
+
+def test_secrets_of_the_environment_are_in_no_file_database_or_tracker(root: Path) -> None:
+    files = [path for path in root.parent.rglob("*") if path.is_file()]
+    kept = {"study.db", "mlflow.db", "log.txt", "trial.yaml", "result.json", "events.jsonl"}
+    assert kept <= {path.name for path in files}
+    assert {".wandb"} <= {path.suffix for path in files}
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
 
 
 def test_a_trial_run_again_gives_the_same_scores(root: Path) -> None:
