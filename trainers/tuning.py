@@ -22,7 +22,6 @@ from trainers.errors import ModelError
 from trainers.finished import check_finished
 from trainers.method import MethodConfig, Trained
 from trainers.version import Lineage
-from trainers.whole import read_network
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -155,6 +154,8 @@ def load(backbone: Backbone, folder: Path) -> None:
     Raises:
         ModelError: Nothing in `folder` is of this model.
     """
+    from trainers.whole import read_network
+
     whole = [name for name in backbone.networks if (folder / name / "config.json").is_file()]
     if not whole and not (folder / LORA_FILE).is_file():
         raise ModelError(
