@@ -11,7 +11,18 @@ from trainers.batch import Source
 from trainers.config import LocalPath
 
 
-class Dino(Metric):
+class DinoMetric(Metric):
+    """What scores of a vision transformer have in common."""
+
+    model: LocalPath
+    """Folder of a vision transformer (DINO, DINOv2), in the form of transformers or of timm."""
+
+    @override
+    def check(self) -> None:
+        read_dino_folder(self.model)
+
+
+class Dino(DinoMetric):
     """Mean cosine between a picture and every held-out reference, -1 to 1.
 
     Over a whole panel this is the paper's mean over all generated × real pairs, never a maximum. The paper's numbers
@@ -21,12 +32,6 @@ class Dino(Metric):
 
     kind: Literal["dino"] = "dino"
     needs_references: ClassVar[bool] = True
-    model: LocalPath
-    """Folder of a vision transformer (DINO, DINOv2), in the form of transformers or of timm."""
-
-    @override
-    def check(self) -> None:
-        read_dino_folder(self.model)
 
     @override
     def open(self, encoders: Encoders, references: Sequence[Source]) -> Scorer:

@@ -7,14 +7,13 @@ import numpy as np
 from jaxtyping import Float
 from typing_extensions import override
 
-from evaluation.dino_folder import read_dino_folder
-from evaluation.metric import Encoders, ImageEncoder, Metric, Scorer
+from evaluation.metric import Encoders, ImageEncoder, Scorer
+from evaluation.metrics.dino import DinoMetric
 from trainers.batch import Source
-from trainers.config import LocalPath
 from trainers.prompt import Request, Sample
 
 
-class Diversity(Metric):
+class Diversity(DinoMetric):
     """Mean cosine distance, 0 to 2, between a picture and the others of its prompt, over seeds.
 
     Its mean over a prompt's pictures is the mean over all their pairs. A prompt with one picture has none. The paper
@@ -22,12 +21,6 @@ class Diversity(Metric):
     """
 
     kind: Literal["diversity"] = "diversity"
-    model: LocalPath
-    """Folder of a vision transformer (DINO, DINOv2), in the form of transformers or of timm."""
-
-    @override
-    def check(self) -> None:
-        read_dino_folder(self.model)
 
     @override
     def open(self, encoders: Encoders, references: Sequence[Source]) -> Scorer:

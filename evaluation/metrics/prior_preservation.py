@@ -5,13 +5,12 @@ from typing import ClassVar, Literal
 
 from typing_extensions import override
 
-from evaluation.dino_folder import read_dino_folder
-from evaluation.metric import Encoders, Metric, ReferenceScorer, Scorer
+from evaluation.metric import Encoders, ReferenceScorer, Scorer
+from evaluation.metrics.dino import DinoMetric
 from trainers.batch import Source
-from trainers.config import LocalPath
 
 
-class PriorPreservation(Metric):
+class PriorPreservation(DinoMetric):
     """Mean cosine between a picture of the subject's class and every held-out picture of the subject, -1 to 1.
 
     Lower is better: a model that forgot its class draws the subject whatever member of the class it is asked for. What
@@ -22,12 +21,6 @@ class PriorPreservation(Metric):
     higher_is_better: ClassVar[bool] = False
     needs_references: ClassVar[bool] = True
     of_class: ClassVar[bool] = True
-    model: LocalPath
-    """Folder of a vision transformer (DINO, DINOv2), in the form of transformers or of timm."""
-
-    @override
-    def check(self) -> None:
-        read_dino_folder(self.model)
 
     @override
     def open(self, encoders: Encoders, references: Sequence[Source]) -> Scorer:
