@@ -40,16 +40,14 @@ class Command(Protocol):
 def add_study(parser: argparse.ArgumentParser) -> None:
     """Let a command take a study file and changes to it."""
     parser.add_argument("study", type=Path, metavar="STUDY", help="a study file, for example studies/hpo.yaml")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
-        dest="sets",
-        help="replace a value of the study, for example trial.seed=1; may be repeated",
-    )
+    add_sets(parser, "replace a value of the study, for example trial.seed=1; may be repeated")
     text = "of a file with several studies, this one: its name, stage or subject; given twice, both must fit"
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help=text)
+
+
+def add_sets(parser: argparse.ArgumentParser, text: str) -> None:
+    """Let a command change what a file says."""
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help=text)
 
 
 def add_trials(parser: argparse.ArgumentParser) -> None:

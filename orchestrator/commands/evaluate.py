@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.command import out
+from orchestrator.command import add_sets, out
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "draw the panel of this trial or study first, with A and B, and score it by its metrics"
     parser.add_argument("--draw", type=Path, metavar="SOURCE", help=text)
     text = "change of FILE, or of SOURCE, for example evaluate.seeds=[100,101]"
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help=text)
+    add_sets(parser, text)
     parser.add_argument("--prompts", type=Path, help="lines, evaluation_prompts.json, or prompts_and_classes.txt")
     parser.add_argument("--subjects", type=Path, help="lines `folder,subject`, for folders whose name does not say it")
     parser.add_argument("--references", type=Path, help="real pictures: a folder for each folder that is judged")

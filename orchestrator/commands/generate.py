@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.command import out
+from orchestrator.command import add_sets, out
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,14 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", metavar="WORD", help="the rare word that stands before the subject in its prompts")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="each prompt is drawn with each")
     parser.add_argument("--scale", type=float, default=1.0, help="how strongly the adapter acts (default 1)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
-        dest="sets",
-        help="change how pictures are drawn, for example evaluate.guidance.scale=3 or evaluate.scheduler=euler",
-    )
+    text = "change how pictures are drawn, for example evaluate.guidance.scale=3 or evaluate.scheduler=euler"
+    add_sets(parser, text)
     parser.add_argument("--output", type=Path, default=Path("generated"), help="where pictures are written")
 
 
