@@ -1,9 +1,13 @@
-"""What a folder must hold to be a vision transformer with a class token, such as DINO, found out without torch."""
+"""What a folder must hold to be a vision transformer with a class token, such as DINO; read without torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from typing_extensions import override
+
+from evaluation.metric import Metric
+from trainers.config import LocalPath
 from trainers.errors import ModelError
 from trainers.pretrained import read_json
 
@@ -79,3 +83,14 @@ def _first(path: Path, names: tuple[str, ...]) -> Path:
         if (path / name).is_file():
             return path / name
     raise ModelError(f"{path}: {' or '.join(names)} is missing; copy the whole folder")
+
+
+class DinoMetric(Metric):
+    """What scores of a vision transformer have in common."""
+
+    model: LocalPath
+    """Folder of a vision transformer (DINO, DINOv2), in the form of transformers or of timm."""
+
+    @override
+    def check(self) -> None:
+        read_dino_folder(self.model)

@@ -5,21 +5,9 @@ from typing import ClassVar, Literal
 
 from typing_extensions import override
 
-from evaluation.dino_folder import read_dino_folder
-from evaluation.metric import Encoders, Metric, ReferenceScorer, Scorer
+from evaluation.dino_folder import DinoMetric
+from evaluation.metric import Encoders, ReferenceScorer, Scorer
 from trainers.batch import Source
-from trainers.config import LocalPath
-
-
-class DinoMetric(Metric):
-    """What scores of a vision transformer have in common."""
-
-    model: LocalPath
-    """Folder of a vision transformer (DINO, DINOv2), in the form of transformers or of timm."""
-
-    @override
-    def check(self) -> None:
-        read_dino_folder(self.model)
 
 
 class Dino(DinoMetric):

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float
 from typing_extensions import override
 
+from evaluation.dino_folder import DinoMetric
 from evaluation.metric import Encoders, ImageEncoder, Scorer
-from evaluation.metrics.dino import DinoMetric
 from trainers.batch import Source
 from trainers.prompt import Request, Sample
 

@@ -5,8 +5,8 @@ from typing import ClassVar, Literal
 
 from typing_extensions import override
 
+from evaluation.dino_folder import DinoMetric
 from evaluation.metric import Encoders, ReferenceScorer, Scorer
-from evaluation.metrics.dino import DinoMetric
 from trainers.batch import Source
 
 
