@@ -35,9 +35,20 @@ class Point:
 
     x: float
     value: float
-    """Larger is better; minus infinity for a trial without a value, which the sampler then avoids."""
+    """Larger is better; minus infinity for a trial without a value, which breaks every bound."""
     panel: tuple[float, ...] = ()
     """The value of each prompt, in the panel's order; empty if unknown."""
+    violation: float = 0.0
+    """By how much it breaks the objective's bounds, all of them together; 0 keeps them."""
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Larger is better: whoever keeps all bounds comes before whoever breaks one, and that less before more.
+
+        Golden section asks for nothing but an order. If each bound is broken by more the farther away one is from the
+        places that keep it, and the objective has one peak among those, the order has one peak, too.
+        """
+        return -self.violation, self.value
 
 
 @dataclass(frozen=True)
@@ -75,10 +86,10 @@ class Line:
     def best(self) -> Point:
         """The best evaluated point; of equals, the middle one of the first run of them."""
         points = self._sorted()
-        top = max(point.value for point in points)
-        first = next(place for place, point in enumerate(points) if point.value == top)
+        top = max(point.rank for point in points)
+        first = next(place for place, point in enumerate(points) if point.rank == top)
         last = first
-        while last + 1 < len(points) and points[last + 1].value == top:
+        while last + 1 < len(points) and points[last + 1].rank == top:
             last += 1
         return points[(first + last) // 2]
 
@@ -100,11 +111,15 @@ class Line:
         Near its optimum an objective loses `curvature / 2 * d²` at distance `d`. What is lost within a standard error
         `s` of a paired difference cannot be seen: `d = sqrt(2 s / curvature)`. Scan points alone decide, so that the
         answer stays what it is while the search goes on. Neighbours of equal value leave a quarter of the bracket.
+        Where a bound ends the bracket the best place is an edge and no peak, and the scores' noise does not say how
+        sharp that is: 0, too.
         """
         scanned = [point for point in self._sorted() if self._is_scanned(point) and math.isfinite(point.value)]
         if len(scanned) < 3:
             return 0.0
-        at = max(range(len(scanned)), key=lambda place: scanned[place].value)
+        at = max(range(len(scanned)), key=lambda place: scanned[place].rank)
+        if any(point.violation > 0 for point in scanned[max(0, at - 1) : at + 2]):
+            return 0.0
         at = min(max(at, 1), len(scanned) - 2)
         a, b, c = scanned[at - 1 : at + 2]
         error = max((paired_error(a, b), paired_error(b, c)), key=lambda one: one or 0.0)
@@ -118,10 +133,11 @@ class Line:
     def valley(self) -> tuple[Point, Point] | None:
         """A low point and a higher one beyond it, seen from the best: the objective has more than one peak.
 
-        Differences within two standard errors do not count; points without a value are passed over.
+        Differences within two standard errors do not count; points without a value, and those that break a bound, are
+        passed over.
         """
-        points = [point for point in self._sorted() if math.isfinite(point.value)]
-        if not points or not math.isfinite(self.best().value):
+        points = [point for point in self._sorted() if math.isfinite(point.value) and point.violation == 0]
+        if not points:
             return None
         at = points.index(self.best())
         found = [*_rises(points[at:]), *_rises(points[at::-1])]
@@ -176,11 +192,12 @@ def point_of(trial: FrozenTrial, name: str) -> Point | None:
     if name not in trial.params:
         return None
     if trial.state is TrialState.PRUNED:
-        return Point(trial.params[name], -math.inf)
+        return Point(trial.params[name], -math.inf, violation=math.inf)
     if trial.state is not TrialState.COMPLETE or not trial.values:
         return None
     panel = tuple(math.nan if value is None else value for value in trial.user_attrs.get(PROMPT_VALUES, ()))
-    return Point(trial.params[name], trial.values[0], panel)
+    broken = math.fsum(amount for amount in trial.constraints.values() if amount > 0)
+    return Point(trial.params[name], trial.values[0], panel, broken)
 
 
 def sentences(line: Line) -> Iterator[str]:
@@ -188,7 +205,9 @@ def sentences(line: Line) -> Iterator[str]:
     left, best, right = line.bracket()
     width = max(best - left, right - best)
     yield f"the best evaluated point is {best:.4g}, between {left:.4g} and {right:.4g}"
-    if finest := line.resolution():
+    if edge := _edge(line):
+        yield f"{edge}; the search ends at {_end(line)}"
+    elif finest := line.resolution():
         yield f"the measured noise lets places closer than {finest:.2g} look alike; the search ends at {_end(line)}"
     else:
         yield f"the noise of the scores is not known; the search ends at {_end(line)}"
@@ -203,6 +222,16 @@ def sentences(line: Line) -> Iterator[str]:
     if not line.missing():
         reached = width <= line.stopping_width()
         yield "the search is over" if reached else f"{line.max_points} evaluations are done, at ±{width:.2g}"
+
+
+def _edge(line: Line) -> str:
+    """What bounds have to do with the best point; empty if they have not."""
+    broken = [point.x for point in line.points if 0 < point.violation < math.inf]
+    left, best, right = line.bracket()
+    if best in broken:
+        return f"every evaluated point breaks a bound, and {best:.4g} by the least"
+    ends = " and ".join(f"{x:.4g}" for x in (left, right) if x in broken)
+    return f"a bound is broken at {ends}: the best point is at the edge of what is allowed" if ends else ""
 
 
 def _end(line: Line) -> str:

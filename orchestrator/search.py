@@ -221,7 +221,7 @@ class Sampler(Choice):
     ends_by: ClassVar[tuple[str, ...]] = ()
     """Options that only say when the search ends; they may change in a study that has begun."""
     needs_one_value: ClassVar[bool] = False
-    """Whether it cannot follow several values, nor avoid what breaks a bound."""
+    """Whether it cannot follow several values."""
 
     @abstractmethod
     def draw(self, space: Mapping[str, Parameter], study: optuna.Study, trial: FrozenTrial) -> dict[str, Value]:

@@ -208,8 +208,8 @@ class StudySpec(Config):
     @model_validator(mode="after")
     def _one_value_has_a_winner(self) -> Self:
         objective = self.objective
-        if self.sampler.needs_one_value and (len(objective.names) > 1 or objective.bounds()):
-            message = "got an objective of several values or with bounds; expected one value and no bounds"
+        if self.sampler.needs_one_value and len(objective.names) > 1:
+            message = "got an objective of several values; expected one, along which this sampler can search"
             _reject(("objective",), objective.model_dump(), message)
         if self.limits.target is not None and len(objective.names) > 1:
             message = "got a target with an objective of several values; expected none; patience ends such a study"

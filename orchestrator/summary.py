@@ -120,7 +120,7 @@ def strip(group: Sequence[Found]) -> Mapping[tuple[str, str], Path]:
     for found in group:
         for label, places in _rows(found).items():
             rows[label] = places
-            best[label] = max(places.values(), key=lambda trial: (trial.values or [0.0])[0])
+            best[label] = max(places.values(), key=_rank)
     if not rows:
         return {}
     first, *others = rows.values()
@@ -132,6 +132,11 @@ def strip(group: Sequence[Found]) -> Mapping[tuple[str, str], Path]:
             if (file := next(iter(sorted(trial.run.samples.glob("0000_*.png"))), None)) is not None:
                 pictures[label, column] = file
     return pictures
+
+
+def _rank(trial: TrialView) -> tuple[float, float]:
+    """Whoever keeps all bounds first, and then the largest value."""
+    return -sum(trial.violations.values()), (trial.values or [0.0])[0]
 
 
 def _rows(found: Found) -> dict[str, dict[float, TrialView]]:

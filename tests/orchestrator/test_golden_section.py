@@ -4,31 +4,25 @@
 
 import math
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 from scipy import optimize
 
 from evaluation.records import Record, write_records
-from orchestrator.drawing import DrawingSampler
 from orchestrator.golden_section import GoldenSectionSampler
 from orchestrator.line import Line, Point, paired_error
 from orchestrator.search import CategoricalParameter, FloatParameter
-from orchestrator.spec import StudySpec
-from tests.orchestrator.cluster import Cluster, drive, spec_of
-from tests.orchestrator.studies import TREE, score
+from tests.orchestrator.cluster import Cluster, drive
+from tests.orchestrator.lines import SCALE, SPACE, Curve, ask, golden_spec, scanned, study_of
+from tests.orchestrator.studies import score
 from trainers.errors import ConfigError
 from trainers.rundir import RunDir, thaw
-
-Curve = Callable[[float], float]
-SPACE = {"x": FloatParameter(low=-10, high=10)}
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +40,6 @@ def search(curve: Curve, tolerance: float | None = None, max_points: int = 14, d
     while missing := (line := line_of(points, tolerance, max_points)).missing():
         points[missing[0]] = curve(missing[0])
     return line
-
-
-def study_of(sampler: GoldenSectionSampler, default: float = 3.0) -> optuna.Study:
-    return optuna.create_study(direction="maximize", sampler=DrawingSampler(sampler, SPACE, {"x": default}))
-
-
-def ask(study: optuna.Study) -> tuple[optuna.Trial, float]:
-    trial = study.ask()
-    return trial, SPACE["x"].suggest(trial, "x")
 
 
 @given(peak=st.floats(-10, 10), steepness=st.floats(0.01, 100), default=st.floats(-10, 10))
@@ -127,23 +112,6 @@ def test_noise_moves_the_answer_no_further_than_the_measured_resolution():
     resolution = math.sqrt(2 * noise / curvature)
     assert sorted(distances)[150] < resolution
     assert sorted(distances)[285] < 2 * resolution
-
-
-def panels_of(curve: Curve, spread: float, num_prompts: int = 16) -> Callable[[float], Point]:
-    """Points whose prompts differ in how they gain, so that paired differences have an error."""
-    rng = random.Random(1)
-
-    def at(x: float) -> Point:
-        gains = [rng.gauss(0, spread) for _ in range(num_prompts)]
-        centred = [gain - math.fsum(gains) / num_prompts for gain in gains]
-        return Point(x, curve(x), tuple(curve(x) + gain for gain in centred))
-
-    return at
-
-
-def scanned(curve: Curve, spread: float, tolerance: float | None = None) -> Line:
-    at = panels_of(curve, spread)
-    return Line(-10, 10, 6, 14, tolerance, tuple(at(x) for x in (-10.0, -6.0, -2.0, 2.0, 6.0, 10.0, 3.0)))
 
 
 def test_the_error_of_a_difference_is_that_of_paired_prompts():
@@ -238,22 +206,6 @@ def test_the_scan_runs_in_parallel_and_golden_section_does_not():
 def test_it_searches_one_continuous_number_only(space: dict[str, Any]):
     with pytest.raises(ValueError, match="exactly one float"):
         GoldenSectionSampler().size(space)
-
-
-SCALE = "evaluate.guidance.scale"
-
-
-def golden_spec(folder: Path, *sets: str) -> StudySpec:
-    """A study of the guidance scale on [-10, 10], whose template says 5."""
-    folder.mkdir(exist_ok=True)
-    tree = {
-        **TREE,
-        "search": {SCALE: {"kind": "float", "low": -10, "high": 10}},
-        "sampler": {"kind": "golden_section"},
-        "limits": {"trials": 20},
-    }
-    (folder / "study.yaml").write_text(yaml.safe_dump(tree))
-    return spec_of(folder, *sets)
 
 
 def judged(run: RunDir, peak: float, spread: float) -> None:
