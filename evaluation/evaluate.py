@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,9 +77,10 @@ def evaluate(
 ) -> dict[str, Score]:
     """Draw the panel with `model`, score it, and leave `samples/`, `grid.png` and `records.jsonl` in the run.
 
-    Pictures go to ranks in turn, prompt after prompt. What an earlier attempt left behind is drawn again, so neither
-    the number of ranks nor a crash changes a score by more than floating-point noise. Sampling runs under the
-    caller's autocast; scoring is fp32 always.
+    Pictures go to ranks in turn, prompt after prompt. A batch is looked at as soon as it is drawn: whatever the size
+    of the panel, no more than a batch of pictures is in memory, and none is read back to be judged. What an earlier
+    attempt left behind is drawn again, so neither the number of ranks nor a crash changes a score by more than
+    floating-point noise. Sampling runs under the caller's autocast; scoring is fp32 always.
 
     Args:
         model: With the trained adapter active.
@@ -98,14 +99,11 @@ def evaluate(
     files = name_files(config.all_prompts, config.seeds)
     share = dict(list(files.items())[ranks.rank :: ranks.world])
     panels = split_panel(files, config.class_prompts, config.metrics, scorers)
-    with _stage(run, "sample", ranks):
-        for sample in generate(model, list(share), config):
-            _save(sample.image, run.path / share[Request(sample.prompt, sample.seed)])
+    seen = _draw(model, config, share, panels, run, ranks)
     with _stage(run, "score", ranks):
         records: list[Record] = []
-        for one in panels:
-            seen = ranks.gather(look(run.path, one.only(share), config.batch_size))
-            records += judge(one, dict(seen))
+        for one, found in zip(panels, seen, strict=True):
+            records += judge(one, dict(ranks.gather(found)))
         if ranks.rank == 0:
             write_records(run.records, records)
             pictures = {(record.prompt, f"seed {record.seed}"): run.path / record.file for record in records}
@@ -114,6 +112,28 @@ def evaluate(
         name: _summarise(panel(records, name), scorer.model, higher_is_better=config.metrics[name].higher_is_better)
         for name, scorer in scorers.items()
     }
+
+
+def _draw(
+    model: Model,
+    config: EvaluateConfig,
+    share: Mapping[Request, str],
+    panels: Sequence[JudgedPanel],
+    run: RunDir,
+    ranks: Ranks,
+) -> list[list[tuple[str, Seen]]]:
+    """Draw a rank's share into the run; what is remembered of its pictures, for each panel."""
+    seen: list[list[tuple[str, Seen]]] = [[] for _ in panels]
+    drawn = generate(model, list(share), config)
+    for _ in range(0, len(share), config.batch_size):
+        with _stage(run, "sample", ranks):
+            batch = list(islice(drawn, config.batch_size))
+            for sample in batch:
+                _save(sample.image, run.path / share[Request(sample.prompt, sample.seed)])
+        with _stage(run, "score", ranks):
+            for panel, found in zip(panels, seen, strict=True):
+                found.extend(see(batch, panel))
+    return seen
 
 
 def name_files(prompts: Sequence[Prompt], seeds: Sequence[int]) -> dict[Request, str]:
@@ -131,10 +151,6 @@ class JudgedPanel:
 
     files: Mapping[Request, str]
     scorers: Mapping[str, Scorer]
-
-    def only(self, share: Collection[Request]) -> JudgedPanel:
-        """The part that one rank looks at."""
-        return JudgedPanel({one: file for one, file in self.files.items() if one in share}, self.scorers)
 
 
 def split_panel(
@@ -164,10 +180,18 @@ def look(folder: Path, panel: JudgedPanel, batch_size: int) -> list[tuple[str, S
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
         samples = [Sample(one.prompt, one.seed, open_picture(folder / panel.files[one])) for one in batch]
-        columns = {name: scorer.look(samples) for name, scorer in panel.scorers.items()}
-        for row, request in enumerate(batch):
-            found.append((panel.files[request], {name: column[row] for name, column in columns.items()}))
+        found += see(samples, panel)
     return found
+
+
+def see(samples: Sequence[Sample], panel: JudgedPanel) -> list[tuple[str, Seen]]:
+    """The file of each of these pictures that belongs to the panel, and what each scorer remembers of it."""
+    own = [sample for sample in samples if Request(sample.prompt, sample.seed) in panel.files]
+    columns = {name: scorer.look(own) for name, scorer in panel.scorers.items()} if own else {}
+    return [
+        (panel.files[Request(sample.prompt, sample.seed)], {name: column[row] for name, column in columns.items()})
+        for row, sample in enumerate(own)
+    ]
 
 
 def judge(panel: JudgedPanel, seen: Mapping[str, Seen]) -> list[Record]:

@@ -189,12 +189,29 @@ def test_ranks_that_share_a_prompt_still_measure_its_diversity(
         assert scores["pres"].mean == pytest.approx(alone["pres"].mean, abs=1e-3)
 
 
+def test_what_was_drawn_is_looked_at_batch_by_batch_and_never_read_back(
+    backbone, config, references, run, tmp_path, monkeypatch
+):
+    counts, look = [], PromptScorer.look
+
+    def looking(self, samples):
+        counts.append(len(samples))
+        assert len(list(run.samples.iterdir())) == sum(counts)
+        return look(self, samples)
+
+    monkeypatch.setattr(PromptScorer, "look", looking)
+    monkeypatch.delattr("evaluation.evaluate.open_picture")
+    judge(backbone, config, references, run, tmp_path / "cache")
+    assert counts == [4, 2]
+
+
 def test_stages_are_events(backbone, config, references, run, tmp_path):
     judge(backbone, config, references, run, tmp_path / "cache")
     events = [json.loads(line) for line in run.events.read_text().splitlines()]
     assert {event["event"] for event in events} == {"stage"}
     stages = [(event["stage"], event["state"]) for event in events]
-    assert stages == [("sample", "start"), ("sample", "end"), ("score", "start"), ("score", "end")]
+    batch = [("sample", "start"), ("sample", "end"), ("score", "start"), ("score", "end")]
+    assert stages == [*batch, *batch, *batch[2:]]
 
 
 def test_undefined_values_are_counted_and_never_replaced(backbone, config, references, run, tmp_path, monkeypatch):
