@@ -222,10 +222,20 @@ def subject_folders(root: Path) -> dict[str, Path]:
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; expected pictures, or a folder of pictures for each subject")
-    below = {folder.name: folder for folder in sorted(root.iterdir()) if folder.is_dir() and list_pictures(folder)}
+    below = {folder.name: folder for folder in _below(root) if list_pictures(folder)}
     if not below and not list_pictures(root):
         raise DataError(f"{root}: no pictures ({', '.join(SUFFIXES)}), nor folders of them; expected some to judge")
     return below or {root.name: root}
+
+
+def empty_folders(root: Path) -> tuple[str, ...]:
+    """Names of the folders inside `root` that hold no pictures, though others do; hidden ones do not count."""
+    empty = [folder.name for folder in _below(root) if not list_pictures(folder)]
+    return tuple(empty) if len(empty) < len(_below(root)) else ()
+
+
+def _below(root: Path) -> list[Path]:
+    return [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
 
 
 def match_prompts(files: Sequence[Path], prompts: Sequence[Prompt]) -> tuple[dict[Request, Path], list[Path]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import Field, PositiveInt
 from typing_extensions import override
 
-from evaluation.subjects import map_folders, read_book, read_table, subject_folders
+from evaluation.subjects import empty_folders, map_folders, read_book, read_table, subject_folders
 from trainers.config import Choice, Config, LocalPath
 from trainers.errors import ConfigError
 
@@ -86,11 +86,17 @@ class FolderSubjects(Subjects):
     @override
     def list(self) -> tuple[Subject, ...]:
         folders = subject_folders(self.path)
-        if strange := [name for name in (*(self.only or ()), *self.without) if name not in folders]:
+        names = sorted([*folders, *empty_folders(self.path)])
+        if strange := [name for name in (*(self.only or ()), *self.without) if name not in names]:
             raise ConfigError(
-                f"foreach.subject: got the folder {strange[0]!r}; expected one of {', '.join(folders)} in {self.path}"
+                f"foreach.subject: got the folder {strange[0]!r}; expected one of {', '.join(names)} in {self.path}"
             )
-        wanted = [name for name in folders if name not in self.without and (self.only is None or name in self.only)]
+        wanted = [name for name in names if name not in self.without and (self.only is None or name in self.only)]
+        if empty := [name for name in wanted if name not in folders]:
+            raise ConfigError(
+                f"foreach.subject: got no pictures in {', '.join(empty)} of {self.path}; expected some in each folder, "
+                "or its name in `without`"
+            )
         if not wanted:
             raise ConfigError(f"foreach.subject: got no folder of {self.path} that is left; expected at least one")
         book = read_book(self.prompts, self.token) if self.prompts else None

@@ -10,7 +10,15 @@ from pydantic import TypeAdapter, ValidationError
 from evaluation.config import MetricName
 from evaluation.metric import Metric
 from evaluation.records import read_records
-from evaluation.subjects import list_pictures, map_folders, match_prompts, read_book, read_table, subject_folders
+from evaluation.subjects import (
+    empty_folders,
+    list_pictures,
+    map_folders,
+    match_prompts,
+    read_book,
+    read_table,
+    subject_folders,
+)
 from orchestrator.complaints import config_error
 from orchestrator.spec import TrialSpec
 from orchestrator.yaml import Document, load
@@ -108,14 +116,15 @@ def find_folders(source: Path, wanted: Wanted) -> Found:
     if (trial := read_trial(source)) is not None:
         return Found([_of_trial(source, trial)], {})
     folders = subject_folders(source)
+    empty = dict.fromkeys(empty_folders(source), "no pictures in it")
     if wanted.prompts is None:
         raise DataError(f"{source}: got pictures without prompts; name the file of prompts with --prompts")
     book = read_book(wanted.prompts, wanted.token)
     if not book.subjects:
-        return _matched({name: (name, folder) for name, folder in folders.items()}, {}, book, wanted)
+        return _matched({name: (name, folder) for name, folder in folders.items()}, empty, book, wanted)
     found = map_folders(folders, book.subjects, read_table(wanted.table) if wanted.table else None)
     chosen = {one.folder: (one.subject, folders[one.folder]) for one in found.mapped}
-    return _matched(chosen, found.unmapped, book, wanted)
+    return _matched(chosen, {**empty, **found.unmapped}, book, wanted)
 
 
 def _matched(

@@ -100,8 +100,12 @@ def test_what_does_not_map_is_listed_and_the_rest_is_judged(evaluate: Command, w
     (world / "bad" / "vase").mkdir()
     noise(1).save(world / "bad" / "vase" / "0000_a_vase.png")
     noise(2).save(world / "bad" / "cat2" / "0002_a blue dog.png")
+    (world / "bad" / "cat3").mkdir()
+    (world / "real" / "duck_toy" / "0.png").unlink()
     code, out, _ = evaluate("bad", *GIVEN)
     assert code == 0
+    assert "left out: cat3: no pictures in it" in out
+    assert "left out: duck_toy: no pictures in" in out
     assert "left out: vase: no subject of that name" in out
     assert "left out: cat2/0002_a blue dog.png" in out
 

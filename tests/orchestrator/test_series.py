@@ -156,6 +156,17 @@ class TestForeach:
             load_series(path)
         assert len(names(path, "foreach.subject.without=[teapot]")) == 3
 
+    def test_a_folder_without_pictures_is_listed_and_not_passed_over(self, world, write):
+        self.panel(world)
+        for name in ("cat3", ".thumbnails"):
+            (world / "photos" / name).mkdir()
+        path = write(GUIDED, foreach=FOLDERS)
+        with pytest.raises(ConfigError, match=r"got no pictures in cat3 of .*or its name in `without`"):
+            load_series(path)
+        assert names(path, "foreach.subject.without=[cat3]") == names(
+            path, "foreach.subject.only=[cat2, dog, red_robot]"
+        )
+
 
 class TestStages:
     TREE: ClassVar[dict[str, Any]] = {
