@@ -1,8 +1,9 @@
 # make demo   install, run the default study on the miniature world, show the winner
 # make test   install, check style, types and layers, run every test
-# make crash  a hundred random schedules of kill -9, full disks and wrong clocks; writes tests/benchmarks/results/crash.md
+# make crash  a hundred random schedules of kill -9, full disks and wrong clocks; writes tests/benchmarks/results/crash.md.
+#             Interrupted, it goes on where it was; remove .crash.jsonl to begin anew
 #
-# Both need Python 3.11 or newer, and nothing else. Repeating one installs again only what pyproject.toml or
+# All need Python 3.11 or newer, and nothing else. Repeating one installs again only what pyproject.toml or
 # constraints.txt changed.
 
 SHELL := /bin/bash
@@ -44,7 +45,6 @@ check: .venv/installed-dev
 	touch $@ .venv/installed
 
 crash: .venv/installed-dev
-	rm -f .crash.jsonl
 	$(QUIET_THREADS) $(BIN)/python -m tests.integration.crash --seeds 0 100 --reports .crash.jsonl --table tests/benchmarks/results/crash.md
 
 clean:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.launcher import Job, JobState
+from orchestrator.ending import run_to_end
+from orchestrator.launcher import Job
+from orchestrator.lead import die_with_parent
 from orchestrator.panels import picture_values
 from orchestrator.spec import StudySpec, TrialSpec
 from orchestrator.tables import best_trial
@@ -161,14 +163,8 @@ def _run_job(contest: Contest) -> None:
     tree = {"study": spec.model_dump(mode="json"), "candidates": list(contest.candidates)}
     text, digest = freeze(tree)
     write_atomically(run.trial, text)
-    launcher = spec.launcher.alone()
     job = Job("orchestrator.confirm", (str(run.path), "--sha256", digest), run.path)
-    job_id = launcher.find(job) or launcher.submit(job)
-    try:
-        while launcher.poll(job_id) is not JobState.ENDED:
-            time.sleep(launcher.poll_seconds)
-    finally:
-        launcher.cancel(job_id)
+    run_to_end(spec.launcher.alone(), job)
 
 
 def fresh_seeds(count: int) -> tuple[int, ...]:
@@ -256,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--sha256", required=True, help="hash that trial.yaml must have")
     options = parser.parse_args(argv)
+    die_with_parent(os.getppid())
     tree = thaw(RunDir(options.run_dir).trial, options.sha256)
     contest = Contest(StudySpec.model_validate(tree["study"]), tuple(tree["candidates"]))
     found = _judge(contest)

@@ -6,17 +6,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import ValidationError
 
 from orchestrator.base import Base
+from orchestrator.beginning import Beginning, remember_beginning, take_results
 from orchestrator.budget import Meter, reached
-from orchestrator.failures import note_failure
+from orchestrator.drawing import DrawingSampler
+from orchestrator.ending import end_jobs, undisturbed
+from orchestrator.failures import StudyStoppedError, check_hope, note_failure
 from orchestrator.launcher import Job, JobId, JobState
-from orchestrator.panels import NOTES, NOTES_FILE, PROMPT_VALUES, prompt_values
+from orchestrator.panels import PROMPT_VALUES, prompt_values, say_notes
 from orchestrator.quota import Quota
 from orchestrator.reports import Reports
 from orchestrator.search import Value
@@ -24,7 +26,7 @@ from orchestrator.spec import StudySpec
 from orchestrator.storage import told
 from orchestrator.tracker import FINAL_STATES, StudyView, TrialView
 from orchestrator.views import run_dir, study_view, trial_view
-from trainers.errors import ConfigError, ProjectError, TrackerError
+from trainers.errors import ConfigError, TrackerError
 from trainers.rundir import RunDir, RunError, RunResult, freeze, thaw, write_atomically
 
 log = logging.getLogger(__name__)
@@ -35,12 +37,8 @@ WORKER = "orchestrator.worker"
 _COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 _LEARNABLE = {"oom", "nan"}
 """Failures that depend on the parameters: the sampler is told, and they count."""
-_MAX_FIRST_FAILURES = 3
-_MAX_FAILURES_IN_A_ROW = 10
-
-
-class StudyStoppedError(ProjectError):
-    """A study failed so often, and so alike, that going on would waste the time of the next trials."""
+_LINGER_SECONDS = 60.0
+"""In which a job that has written its scores must end."""
 
 
 @dataclass
@@ -57,15 +55,21 @@ class Controller:
     _attached: dict[int, Trial] = field(default_factory=dict[int, Trial], init=False)
     _reports: Reports = field(init=False)
     _base: Base = field(init=False)
+    _beginning: Beginning = field(init=False)
     _meter: Meter = field(init=False)
     _quota: Quota = field(init=False)
     _over: str | None = field(default=None, init=False)
+    _scored: dict[int, float] = field(default_factory=dict[int, float], init=False)
+    """When the scores of a trial were first seen while its job still ran."""
 
     def __post_init__(self) -> None:
         self._meter = Meter(self.spec.root)
         self._quota = Quota(self.spec.limits)
         self._base = Base(self.spec, WORKER)
         self._reports = Reports(self.spec, self.study)
+        self._beginning = remember_beginning(self.spec, self.study)
+        first = [trial.params for trial in self._beginning.trials]
+        self.study.sampler = DrawingSampler(self.spec.sampler, self.spec.search, first)
 
     def run(self) -> None:
         """Ask, submit, poll and tell until the study has all its trials.
@@ -79,6 +83,8 @@ class Controller:
         self._failures_before = frozenset(t.number for t in self._trials(TrialState.FAIL))
         view = study_view(self.spec, self.study)
         with told(self.spec.root):
+            if not self.spec.launcher.outlives_controller:
+                self.stop()  # jobs of a killed controller, which are ending: they are not lost
             try:
                 while not self.step():
                     self._observe(view)
@@ -86,7 +92,8 @@ class Controller:
                 self._observe(view)
                 self._meter.save()
             except (KeyboardInterrupt, StudyStoppedError):
-                self.stop()
+                with undisturbed():
+                    self.stop()
                 self._observe(view)
                 self._meter.save()
                 raise
@@ -105,7 +112,8 @@ class Controller:
             else:  # we stopped between ask and submit
                 self._start(self._attach(frozen))
         self._stop_if_hopeless()
-        self._note()
+        said = self.spec.sampler.notes(self.spec.search, self.study)
+        say_notes(self.study, self.spec.root, [*self._beginning.notes, *said])
         trials = self._views() if self.spec.limits.judge_results else []
         self._quota.enforce(trials)
         while (room := self._room()) and not self._is_over(trials):
@@ -116,11 +124,11 @@ class Controller:
         """End all jobs; running trials go on from their checkpoints when the study is run again."""
         if self._base.scores() is None:
             self._base.stop()
-        for frozen in self._trials(TrialState.RUNNING):
-            if job_id := self._live_job(frozen):
-                self.spec.launcher.cancel(job_id)
-                self._attach(frozen).set_user_attr("job_id", "")  # ended by us: not lost
-                log.info("trial %d: its job is ended; it goes on when the study is run again", frozen.number)
+        live = [(frozen, job) for frozen in self._trials(TrialState.RUNNING) if (job := self._live_job(frozen))]
+        end_jobs(self.spec.launcher, [job for _, job in live])
+        for frozen, _ in live:
+            self._attach(frozen).set_user_attr("job_id", "")  # ended by us: not lost
+            log.info("trial %d: its job is ended; it goes on when the study is run again", frozen.number)
 
     def _live_job(self, frozen: FrozenTrial) -> JobId | None:
         """The trial's job, also one that was submitted when we were interrupted before its id could be noted."""
@@ -173,17 +181,6 @@ class Controller:
         live = [trial for trial in self._trials(TrialState.RUNNING) if trial.user_attrs.get("job_id")]
         return len(live) * self.spec.launcher.num_processes
 
-    def _note(self) -> None:
-        """Say what the sampler has to say, once."""
-        notes = list(self.spec.sampler.notes(self.spec.search, self.study))
-        known: list[str] = self.study.user_attrs.get(NOTES, [])
-        if notes != known:
-            self.study.set_user_attr(NOTES, notes)
-            write_atomically(self.spec.root / NOTES_FILE, "".join(f"{note}\n" for note in notes))
-            for note in notes:
-                if note not in known:
-                    log.info("%s", note)
-
     def _start(self, trial: Trial) -> bool:
         """Draw, freeze and submit; every part is a repetition without effect if it was done before.
 
@@ -196,6 +193,7 @@ class Controller:
         except ConfigError as error:
             self._fail(trial, RunError(reason="config", message=str(error)))
             return False
+        take_results(self._beginning, trial.number, run)  # first: a trial with a hash is not started again
         trial.set_user_attr("sha256", digest)
         if not (run.result.exists() or run.error.exists()):
             self._submit(trial, self._job(run, digest))
@@ -231,7 +229,7 @@ class Controller:
         self._reports.read(trial, run)
         state = self.spec.launcher.poll(job_id) if job_id else JobState.ENDED  # first: what it wrote is then complete
         if run.result.exists():
-            self._score(trial, run)
+            self._finish(trial, run, job_id, state)
         elif run.error.exists():
             if state is not JobState.ENDED:
                 self.spec.launcher.cancel(job_id)  # other ranks may wait for the one that failed
@@ -245,6 +243,15 @@ class Controller:
             self._lose(trial, job, job_id, f"the job took longer than {self.spec.launcher.timeout_minutes} minutes")
         elif self._reports.prune(frozen.number):
             self._prune(trial, job_id)
+
+    def _finish(self, trial: Trial, run: RunDir, job_id: JobId, state: JobState) -> None:
+        """Take the scores once the job is gone: its place is free when its processes are."""
+        if state is not JobState.ENDED:
+            if time.monotonic() - self._scored.setdefault(trial.number, time.monotonic()) < _LINGER_SECONDS:
+                return
+            log.warning("trial %d: its job did not end by itself, and is ended", trial.number)
+            self.spec.launcher.cancel(job_id)
+        self._score(trial, run)
 
     def _is_late(self, frozen: FrozenTrial, state: JobState) -> bool:
         """Whether the job has worked for too long; a cluster's queue does not count."""
@@ -310,18 +317,8 @@ class Controller:
             trial.set_constraint(key, violation)
 
     def _stop_if_hopeless(self) -> None:
-        """Failures of earlier runs of the study do not count: their cause may have been mended."""
-        finished = [t for t in self._trials(*_COUNTED, TrialState.FAIL) if t.number not in self._failures_before]
-        failures = list(takewhile(lambda t: t.state is TrialState.FAIL, reversed(finished)))
-        first = {(t.user_attrs.get("reason"), t.user_attrs.get("message")) for t in failures}
-        from_the_start = len(failures) == len(finished) >= _MAX_FIRST_FAILURES and len(first) == 1
-        if from_the_start or len(failures) >= _MAX_FAILURES_IN_A_ROW:
-            last = failures[0].user_attrs
-            what = f"the first {len(failures)} trials" if from_the_start else f"{len(failures)} trials in a row"
-            raise StudyStoppedError(
-                f"{self.spec.root}: got {what} that failed, the last with {last.get('reason')}: {last.get('message')}; "
-                "expected results; mend the cause and run the study again"
-            )
+        finished = self._trials(*_COUNTED, TrialState.FAIL)
+        check_hope(self.spec.root, [trial for trial in finished if trial.number not in self._failures_before])
 
     def _views(self) -> list[TrialView]:
         """Every trial as others see it; what has ended changes no more."""

@@ -1,6 +1,6 @@
 """The bridge from a study's sampler to Optuna's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -14,13 +14,13 @@ from orchestrator.search import Parameter, Sampler, Value
 class DrawingSampler(optuna.samplers.BaseSampler):
     """Draws all of a trial's values at once, so that a kill between two of them changes nothing.
 
-    It keeps no state. The first trial is the study's own defaults.
+    It keeps no state. The first trials are given: the study's own defaults, and what it is warm-started with.
     """
 
-    def __init__(self, sampler: Sampler, space: Mapping[str, Parameter], defaults: Mapping[str, Value]) -> None:
+    def __init__(self, sampler: Sampler, space: Mapping[str, Parameter], first: Sequence[Mapping[str, Value]]) -> None:
         self._sampler = sampler
         self._space = space
-        self._defaults = defaults
+        self._first = first
 
     @override
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -30,7 +30,9 @@ class DrawingSampler(optuna.samplers.BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return dict(self._defaults) if trial.number == 0 else self._sampler.draw(self._space, study, trial)
+        if trial.number < len(self._first):
+            return dict(self._first[trial.number])
+        return self._sampler.draw(self._space, study, trial)
 
     @override
     def sample_independent(

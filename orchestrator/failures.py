@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from trainers.config import Config
+from trainers.errors import ProjectError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from optuna.trial import FrozenTrial
 
     from trainers.rundir import RunDir
 
@@ -17,6 +21,12 @@ _TAIL_LINES = 20
 _TAIL_BYTES = 16 * 1024
 _SHOWN_LINES = 3
 _MAX_LINE = 240
+_MAX_FIRST = 3
+_MAX_IN_A_ROW = 10
+
+
+class StudyStoppedError(ProjectError):
+    """A study failed so often, and so alike, that going on would waste the time of the next trials."""
 
 
 class Failure(Config):
@@ -77,6 +87,28 @@ def describe(number: int, failure: Failure) -> Iterator[str]:
     yield f"trial {number}: {failure.reason}{step}{peak}: {failure.message}"
     for line in failure.log_tail[-_SHOWN_LINES:]:
         yield f"    {line}"
+
+
+def check_hope(root: Path, finished: Sequence[FrozenTrial]) -> None:
+    """Stop a study whose trials fail, one after another, for the same reason from the start or for any reason later.
+
+    Args:
+        root: The study's folder.
+        finished: Trials that ended while this controller ran: the causes of earlier failures may have been mended.
+
+    Raises:
+        StudyStoppedError: They do.
+    """
+    failures = list(takewhile(lambda trial: trial.state.name == "FAIL", reversed(finished)))
+    first = {(trial.user_attrs.get("reason"), trial.user_attrs.get("message")) for trial in failures}
+    from_the_start = len(failures) == len(finished) >= _MAX_FIRST and len(first) == 1
+    if from_the_start or len(failures) >= _MAX_IN_A_ROW:
+        last = failures[0].user_attrs
+        what = f"the first {len(failures)} trials" if from_the_start else f"{len(failures)} trials in a row"
+        raise StudyStoppedError(
+            f"{root}: got {what} that failed, the last with {last.get('reason')}: {last.get('message')}; "
+            "expected results; mend the cause and run the study again"
+        )
 
 
 def _last_seen(run: RunDir) -> tuple[int | None, int | None]:

@@ -33,6 +33,7 @@ class LineSampler(Sampler):
     """
 
     ends_by: ClassVar[tuple[str, ...]] = ("tolerance", "max_evaluations")
+    begins_itself: ClassVar[bool] = True
     needs_one_value: ClassVar[bool] = True
     scan: int = Field(default=6, ge=3)
     """Equally spaced points, both ends among them, that are evaluated first."""

@@ -45,7 +45,7 @@ class Job:
     arguments: tuple[str, ...]
     run_dir: Path
     devices: tuple[int, ...] = ()
-    """What it may see, if its launcher gives devices to jobs; else all that the launcher has."""
+    """GPUs or cores that it has for itself, if its launcher gives them to jobs; else it shares what there is."""
 
     @property
     def token(self) -> str:
@@ -82,6 +82,11 @@ class Launcher(Choice):
             LaunchError: The devices cannot be asked.
         """
         return ()
+
+    @property
+    def outlives_controller(self) -> bool:
+        """Whether jobs go on when the controller is killed."""
+        return True
 
     @abstractmethod
     def submit(self, job: Job) -> JobId:

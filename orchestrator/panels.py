@@ -5,22 +5,29 @@ Of several values, this is the first.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING
 
 from evaluation.records import read_records
+from trainers.rundir import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
+
+    import optuna
 
     from evaluation.records import Record
     from orchestrator.spec import StudySpec
     from trainers.rundir import RunDir
 
+log = logging.getLogger(__name__)
+
 PROMPT_VALUES = "prompt_values"
 """Attribute of a scored trial: the objective of each prompt, in the panel's order; null is undefined."""
 NOTES = "sampler_notes"
-"""Attribute of a study: what its sampler has to say."""
+"""Attribute of a study: what its beginning and its sampler have to say."""
 NOTES_FILE = "search.txt"
 """The same for people, in the study's folder."""
 
@@ -37,6 +44,17 @@ def prompt_values(spec: StudySpec, run: RunDir) -> list[float | None]:
     for (prompt, _), value in picture_values(spec, read_records(run.records)).items():
         values.setdefault(prompt, []).extend([] if math.isnan(value) else [value])
     return [math.fsum(found) / len(found) if found else None for found in values.values()]
+
+
+def say_notes(study: optuna.Study, root: Path, notes: Sequence[str]) -> None:
+    """Log what the sampler has to say, once, and keep it for others in the study and in its folder."""
+    known: list[str] = study.user_attrs.get(NOTES, [])
+    if list(notes) != known:
+        study.set_user_attr(NOTES, list(notes))
+        write_atomically(root / NOTES_FILE, "".join(f"{note}\n" for note in notes))
+        for note in notes:
+            if note not in known:
+                log.info("%s", note)
 
 
 def picture_values(spec: StudySpec, records: Sequence[Record]) -> dict[tuple[str, int], float]:

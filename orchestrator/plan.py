@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from orchestrator.beginning import find_beginning
 from orchestrator.launchers.local import LocalLauncher, gpu_bytes
+from orchestrator.ledger import has_study, read_trials
 from orchestrator.search import CategoricalParameter, Value
 from trainers.errors import ConfigError, DataError, LaunchError, ModelError, StorageError
 
@@ -45,6 +47,7 @@ def check(spec: StudySpec, document: Document) -> None:
         raise ConfigError(f"{document.where(tuple(key.split('.')))}: {error}") from error
     for params in _checked_params(spec):
         _check_trial(spec.resolve(params), document, params)
+    _check_beginning(spec, document)
     _check_output(spec.output, document)
 
 
@@ -82,6 +85,15 @@ def _check_references(trial: TrialSpec) -> None:
             "got no held-out pictures; expected some, because a metric compares with them: set holdout or "
             "holdout_path, or remove the metric"
         )
+
+
+def _check_beginning(spec: StudySpec, document: Document) -> None:
+    if spec.warm_start is None or has_study(spec):  # a study that has begun remembers with what
+        return
+    try:
+        find_beginning(spec)
+    except ConfigError as error:
+        raise ConfigError(f"{document.where(('warm_start',))}: {error}") from error
 
 
 def _check_output(output: Path, document: Document) -> None:
@@ -226,7 +238,6 @@ def _size(folder: Path) -> int:
 
 def estimate_rest(spec: StudySpec) -> Estimate:
     """What the study still has to do, measured on the trials it has finished."""
-    from orchestrator.ledger import has_study, read_trials
     from orchestrator.tables import read_result
 
     trials = read_trials(spec) if has_study(spec) else []

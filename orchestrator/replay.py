@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +10,8 @@ from typing import TYPE_CHECKING
 import yaml
 
 from orchestrator.controller import WORKER
-from orchestrator.launcher import Job, JobId, JobState, Launcher
+from orchestrator.ending import run_to_end
+from orchestrator.launcher import Job, Launcher
 from orchestrator.spec import StudySpec
 from orchestrator.tables import read_result
 from trainers.errors import ConfigError, LaunchError
@@ -63,9 +62,7 @@ def replay(folder: Path) -> Replay:
     digest = text.partition("\n")[0].removeprefix("sha256: ")
     anew = ("--trained", str(run.path / "trained")) if shares else ()
     words = (str(run.path), "--sha256", digest, "--cache", str(root.parent / "cache"), *anew)
-    with _submitted(launcher, Job(WORKER, words, run.path)) as job_id:
-        while launcher.poll(job_id) is not JobState.ENDED:
-            time.sleep(launcher.poll_seconds)
+    run_to_end(launcher, Job(WORKER, words, run.path))
     after = read_result(run)
     if after is None:
         error = RunError.model_validate_json(run.error.read_text(encoding="utf-8")) if run.error.exists() else None
@@ -75,15 +72,6 @@ def replay(folder: Path) -> Replay:
     versions = {name: (before.versions[name], after.versions[name]) for name in names}
     changed = {name: pair for name, pair in versions.items() if pair[0] != pair[1]}
     return Replay(run, before.scores, after.scores, changed)
-
-
-@contextmanager
-def _submitted(launcher: Launcher, job: Job) -> Generator[JobId]:
-    job_id = launcher.submit(job)
-    try:
-        yield job_id
-    finally:
-        launcher.cancel(job_id)  # without effect if it has ended
 
 
 def _launcher(root: Path) -> tuple[Launcher, bool]:

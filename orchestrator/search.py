@@ -220,6 +220,8 @@ class Sampler(Choice):
     """Trials of studies with equal seeds are equal as long as their scores are."""
     ends_by: ClassVar[tuple[str, ...]] = ()
     """Options that only say when the search ends; they may change in a study that has begun."""
+    begins_itself: ClassVar[bool] = False
+    """Whether it says itself what is tried first, so that nothing else can."""
     needs_one_value: ClassVar[bool] = False
     """Whether it cannot follow several values."""
 

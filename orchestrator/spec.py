@@ -23,6 +23,7 @@ from orchestrator.search import Parameter, Sampler, TpeSampler, Value
 from orchestrator.tracker import Tracker
 from orchestrator.trackers.mlflow import MlflowTracker
 from orchestrator.trackers.several import several
+from orchestrator.warm_start import WarmStart
 from orchestrator.yaml import Document, Location, Tree, load
 from trainers.config import Config, LocalPath
 from trainers.errors import ConfigError
@@ -66,6 +67,8 @@ class StudySpec(Config):
     search: dict[str, Parameter] = Field(default_factory=dict[str, Parameter])
     """Dotted path into the trial to the values it may take; a path with null is not searched, and without any there
     is one trial."""
+    warm_start: WarmStart | None = None
+    """What is tried after the defaults and before the sampler has its say; null is nothing."""
     sampler: Sampler = TpeSampler()
     pruner: Pruner = NoPruner()
     objective: Objective
@@ -138,7 +141,7 @@ class StudySpec(Config):
     def defaults(self) -> dict[str, Value]:
         """The template's value of every searched path."""
         tree = self.trial.model_dump(mode="json")
-        return {path: _get(tree, path) for path in self.search}
+        return {path: get_value(tree, path) for path in self.search}
 
     def resolve(self, params: Mapping[str, Value]) -> TrialSpec:
         """The trial that `params` (dotted path to value) describe.
@@ -197,6 +200,23 @@ class StudySpec(Config):
         return self
 
     @model_validator(mode="after")
+    def _warm_start_is_searched(self) -> Self:
+        warm = self.warm_start
+        if warm is None:
+            return self
+        if self.sampler.begins_itself:
+            message = "got a sampler that says itself where to begin; expected tpe, random, qmc or grid"
+            _reject(("warm_start",), warm.model_dump(mode="json"), message)
+        if warm.best is not None and len(self.objective.names) > 1:
+            message = f"got {warm.best} with an objective of several values; expected null, because they have a front"
+            _reject(("warm_start", "best"), warm.best, message)
+        for location, value, message in warm.problems(self.search):
+            _reject(("warm_start", *location), value, message)
+        for params in warm.params:
+            self._check_corner(dict(params))
+        return self
+
+    @model_validator(mode="after")
     def _objective_is_measured(self) -> Self:
         known = self.trial.evaluate.metrics
         for name in self.objective.scores_needed():
@@ -243,7 +263,7 @@ class StudySpec(Config):
         return max(int(cast("float", step)) for step in steps.corners()) if steps else self.trial.train.steps
 
     def _default(self, path: str) -> object:
-        return _get(self.trial.model_dump(mode="json"), path)
+        return get_value(self.trial.model_dump(mode="json"), path)
 
     def _check_corner(self, corner: dict[str, Value]) -> None:
         try:
@@ -295,7 +315,8 @@ def _owner(tree: Tree, path: str) -> tuple[Tree, str]:
     return cast("Tree", owner), leaf
 
 
-def _get(tree: Tree, path: str) -> Any:
+def get_value(tree: Tree, path: str) -> Any:
+    """What stands at a dotted path of a trial. Raises ConfigError."""
     owner, leaf = _owner(tree, path)
     return owner[leaf]
 

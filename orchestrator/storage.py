@@ -13,15 +13,13 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from pydantic import ValidationError
-
-from orchestrator.complaints import shown
 from orchestrator.database import Database, open_database
+from orchestrator.identity import check_identity
 from orchestrator.provenance import versions
 from trainers.errors import StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator
     from pathlib import Path
 
     import optuna
@@ -31,11 +29,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOCK_POLL_SECONDS = 0.2
-_IDENTITY = "identity"
 MOVING = "moving"
 """Attribute of a study that is still being copied from another database."""
 _VERSIONS = "versions"
-_MAX_LISTED = 3
 
 
 @contextmanager
@@ -139,7 +135,7 @@ def open_study(spec: StudySpec) -> optuna.Study:
     try:
         study = _study(spec, storage, is_held=True)
         _check_folder(spec, study, database)
-        _check_identity(spec, study, database)
+        check_identity(spec, study, database)
     except StorageError:
         storage.remove_session()
         storage.engine.dispose()  # which lets go of the study
@@ -209,7 +205,7 @@ def _study(spec: StudySpec, storage: optuna.storages.RDBStorage, *, is_held: boo
         storage=HeldStorage(storage) if is_held else storage,
         study_name=spec.name,
         directions=[optuna.study.StudyDirection.MAXIMIZE] * len(spec.objective.names),
-        sampler=_sampler(spec),
+        sampler=optuna.samplers.RandomSampler(),  # the controller sets the study's own
         pruner=optuna.pruners.NopPruner(),  # ours judges what jobs report: orchestrator/pruners.py
         load_if_exists=True,
     )
@@ -228,54 +224,6 @@ def _check_folder(spec: StudySpec, study: optuna.Study, database: Database) -> N
             f"{database}: got study {spec.name!r} with {len(started)} started trials, none of which is in "
             f"{spec.root}/trials; expected their folders; correct `output`, or give the study a new `name`"
         )
-
-
-def _sampler(spec: StudySpec) -> optuna.samplers.BaseSampler:
-    from orchestrator.drawing import DrawingSampler
-
-    return DrawingSampler(spec.sampler, spec.search, spec.defaults())
-
-
-def _identity(spec: StudySpec) -> dict[str, Any]:
-    tree = spec.model_dump(mode="json", include={"trial", "search", "sampler", "pruner", "objective"})
-    for option in spec.sampler.ends_by:
-        del tree["sampler"][option]
-    return tree
-
-
-def _check_identity(spec: StudySpec, study: optuna.Study, database: Database) -> None:
-    now = _identity(spec)
-    stored = study.user_attrs.get(_IDENTITY)
-    if stored is None:
-        study.set_user_attr(_IDENTITY, now)
-        return
-    try:  # what the stored study means to this version of the code: new keys have their defaults
-        stored = _identity(spec.model_validate(spec.model_dump(mode="json") | stored))
-    except ValidationError:
-        log.debug("the stored study is not valid any more; it is compared as it was written")
-    before, after = dict(_leaves(stored)), dict(_leaves(now))
-    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    if changed:
-        listed = ", ".join(
-            f"{key} was {_said(before, key)} and is {_said(after, key)}" for key in changed[:_MAX_LISTED]
-        )
-        more = f" and {len(changed) - _MAX_LISTED} more" if len(changed) > _MAX_LISTED else ""
-        raise StorageError(
-            f"{database}: got another study than the stored one: {listed}{more}; expected the same trial, search, "
-            "sampler, pruner and objective; undo the change, or give the study a new `name`"
-        )
-
-
-def _leaves(tree: object, above: str = "") -> Iterator[tuple[str, object]]:
-    if isinstance(tree, dict) and tree:
-        for key, value in cast("dict[str, object]", tree).items():
-            yield from _leaves(value, f"{above}.{key}" if above else key)
-    else:
-        yield above, tree
-
-
-def _said(leaves: dict[str, object], key: str) -> str:
-    return shown(leaves[key]) if key in leaves else "absent"
 
 
 def _note_versions(study: optuna.Study) -> None:

@@ -10,13 +10,11 @@ means that the job was lost and should be submitted again.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import errno
 import faulthandler
 import fcntl
 import logging
 import os
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 import psutil
 
+from orchestrator.lead import die_with_parent
 from orchestrator.provenance import versions
 from orchestrator.ranks import name_ranks
 from orchestrator.spec import TrialSpec
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
-"""From linux/prctl.h."""
 _NOT_OURS = 3
 """Exit code for a run directory that another job works on, or that has its result."""
 _STOPPED = 4
@@ -99,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trained", type=Path, help="folder of trainings that trials share; else each trains")
     parser.add_argument("--untrained", action="store_true", help="train nothing: score the model as it is")
     options = parser.parse_args(argv)
-    _die_with_parent()
+    die_with_parent(os.getppid())  # of torchrun, or it would keep the device for ever
     name_ranks(os.environ)
     run, rank = RunDir(options.run_dir), int(os.environ.get("RANK", "0"))
     lock = _acquire(run) if rank == 0 else None
@@ -304,16 +301,6 @@ def _acquire(run: RunDir) -> TextIO | None:
         file.close()
         return None
     return file
-
-
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when torchrun is gone: it would keep the device for ever."""
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before it could be watched
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _start_log(run: RunDir, rank: int) -> None:

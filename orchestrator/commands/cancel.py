@@ -37,10 +37,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _cancel(spec: StudySpec) -> None:
     from orchestrator.controller import Controller
+    from orchestrator.ending import end_others, undisturbed
     from orchestrator.storage import controller_lock, end_controller, read_study, told
 
     read_study(spec)  # which says so if there is none
     ended = end_controller(spec.root, _CANCEL_SECONDS)
-    with told(spec.root), controller_lock(spec.root):
+    with told(spec.root), controller_lock(spec.root), undisturbed():
         Controller(spec, read_study(spec, is_held=True)).stop()
+        end_others(spec.launcher, spec.root)
     out.print(f"{'its controller and ' if ended else ''}all jobs of {spec.name} are ended; `run` goes on later")

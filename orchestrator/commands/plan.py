@@ -47,6 +47,8 @@ def _show_first(spec: StudySpec) -> None:
 
 
 def _show(spec: StudySpec) -> None:
+    from orchestrator.beginning import find_beginning
+    from orchestrator.ledger import has_study
     from orchestrator.plan import check_fits, estimate_rest
 
     needed = estimate_rest(spec)
@@ -58,6 +60,8 @@ def _show(spec: StudySpec) -> None:
         values = ", ".join(f"{k}={v}" for k, v in parameter.model_dump(exclude={"kind"}, exclude_defaults=True).items())
         table.add_row(path, parameter.model_dump()["kind"], values, str(value))
     out.print(table)
+    for note in find_beginning(spec).notes if not has_study(spec) else ():
+        out.print(note, soft_wrap=True, markup=False, highlight=False)
     _print_estimate(spec, needed)
     check_fits(spec, needed)
 

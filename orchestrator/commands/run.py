@@ -48,7 +48,7 @@ def _run_all(series: Series) -> None:
     Raises:
         StudyStoppedError: Some have not ended.
     """
-    from orchestrator.controller import StudyStoppedError
+    from orchestrator.failures import StudyStoppedError
     from orchestrator.storage import controller_lock
     from orchestrator.summary import write_summary
 

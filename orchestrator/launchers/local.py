@@ -7,25 +7,33 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache, partial
 from typing import Literal, Self
 
 import psutil
 from pydantic import Field, model_validator
 from typing_extensions import override
 
+from orchestrator import lead
 from orchestrator.launcher import TOKEN, Job, JobId, JobState, Launcher, job_environment
 from trainers.errors import LaunchError
 
-_DETACH = '"$@" >>"$0" 2>&1 </dev/null & echo $!'
+_CORES = "TRIAL_CORES"
+"""Environment variable: cores that a job has for itself."""
 _IDLE_SHARE = 0.1
 """Of a device's memory; drivers keep some even if nobody uses it."""
 _SHUTDOWN_SECONDS = 10
 """Between asking a job to stop and killing it; torchrun itself would wait for 30 s."""
 
 
+_children: dict[int, subprocess.Popen[bytes]] = {}
+"""Jobs that this process started; it must wait for them, or they stay as zombies."""
+
+
 class LocalLauncher(Launcher):
-    """Runs each trial as `torchrun --standalone` in its own session, so that it outlives the controller."""
+    """Runs each trial as `torchrun --standalone` in its own session, out of reach of the terminal's Ctrl-C."""
 
     kind: Literal["local"] = "local"
     gpus: tuple[int, ...] | None = None
@@ -33,6 +41,12 @@ class LocalLauncher(Launcher):
     gpus_per_trial: int | None = Field(default=None, ge=1)
     """Devices that a job has for itself. It waits until so many are free: no job's process sees them, and their memory
     is back. null lets jobs share `gpus`."""
+    cpus_per_trial: int | None = Field(default=None, ge=1)
+    """Cores that a job has for itself, of those that the controller may use: none of its processes can leave them, and
+    it waits until so many are no other job's. null lets jobs share all cores."""
+    on_controller_death: Literal["adopt", "stop"] = "adopt"
+    """What becomes of jobs when the controller is killed: they go on and the next `run` adopts them, or they end within
+    ten seconds and it starts them again from their checkpoints."""
 
     @model_validator(mode="after")
     def _every_rank_has_a_gpu(self) -> Self:
@@ -43,8 +57,10 @@ class LocalLauncher(Launcher):
         return self
 
     @model_validator(mode="after")
-    def _a_trial_has_its_gpus(self) -> Self:
+    def _a_trial_has_its_devices(self) -> Self:
         per_trial = self.gpus_per_trial
+        if per_trial is not None and self.cpus_per_trial is not None:
+            raise ValueError("got gpus_per_trial and cpus_per_trial; expected one of them")
         if per_trial is not None and self.gpus is not None and per_trial > len(self.gpus):
             raise ValueError(f"got gpus_per_trial {per_trial} for gpus {list(self.gpus)}; expected at most so many")
         if per_trial is not None and self.num_processes > per_trial:
@@ -53,18 +69,27 @@ class LocalLauncher(Launcher):
             )
         return self
 
+    @property
+    @override
+    def outlives_controller(self) -> bool:
+        return self.on_controller_death == "adopt"
+
     @override
     def free_devices(self) -> tuple[int, ...] | None:
-        if self.gpus_per_trial is None:
+        wanted = self.gpus_per_trial or self.cpus_per_trial
+        if wanted is None:
             return ()
-        taken = _devices_of_jobs()
-        used = gpu_shares()
+        free = self._free_gpus() if self.gpus_per_trial else sorted(_cores() - _given(_CORES))
+        return tuple(free[:wanted]) if len(free) >= wanted else None
+
+    def _free_gpus(self) -> list[int]:
+        used, taken = gpu_shares(), _given("CUDA_VISIBLE_DEVICES")
         free = [gpu for gpu in (sorted(used) if self.gpus is None else self.gpus) if gpu not in taken]
-        free = [gpu for gpu in free if used.get(gpu, 1.0) <= _IDLE_SHARE]
-        return tuple(free[: self.gpus_per_trial]) if len(free) >= self.gpus_per_trial else None
+        return [gpu for gpu in free if used.get(gpu, 1.0) <= _IDLE_SHARE]
 
     @override
     def check(self) -> None:
+        self._check_system()
         present = gpu_bytes()
         if self.gpus_per_trial is not None and self.gpus_per_trial > len(present):
             raise LaunchError(
@@ -81,6 +106,15 @@ class LocalLauncher(Launcher):
                 f"{len(present)} (`gpus: []` runs on the CPU)"
             )
 
+    def _check_system(self) -> None:
+        if sys.platform != "linux" and not self.outlives_controller:
+            raise LaunchError(f"launcher.on_controller_death: got stop; expected adopt, because this is {sys.platform}")
+        if self.cpus_per_trial is not None and self.cpus_per_trial > len(_cores()):
+            raise LaunchError(
+                f"launcher.cpus_per_trial: got {self.cpus_per_trial}; expected at most as many as this process may "
+                f"use and give away, {len(_cores())}"
+            )
+
     def command(self, job: Job) -> tuple[str, ...]:
         """What is executed.
 
@@ -93,35 +127,31 @@ class LocalLauncher(Launcher):
 
     @override
     def submit(self, job: Job) -> JobId:
-        shell = ["sh", "-c", _DETACH, str(job.run_dir / "log.txt"), *self.command(job)]
+        _end(list(_processes(job.token)))  # what an earlier job of this folder left behind
+        cores = ",".join(map(str, job.devices)) if self.cpus_per_trial else ""
+        parent = "0" if self.outlives_controller else str(os.getpid())
+        words = (sys.executable, "-I", "-S", lead.__file__, parent, cores, *self.command(job))
+        start = partial(_start, job, words, {**self._environment(job), **({_CORES: cores} if cores else {})})
         try:
-            started = subprocess.run(  # noqa: S603  our own command
-                shell,
-                check=True,
-                capture_output=True,
-                start_new_session=True,
-                env=self._environment(job),
-                cwd=job.run_dir,
-            )
-        except (OSError, subprocess.CalledProcessError) as error:
+            pid = start() if self.outlives_controller else _starter(os.getpid()).submit(start).result()
+        except OSError as error:
             raise LaunchError(f"{job.run_dir}: got {error}; expected to start {sys.executable}") from error
-        return JobId(f"{int(started.stdout)}:{job.token}")
+        return JobId(f"{pid}:{job.token}")
 
     @override
     def find(self, job: Job) -> JobId | None:
-        processes = {process.pid: process for process in _processes(job.token)}
-        for pid, process in processes.items():
-            with suppress(psutil.NoSuchProcess):
-                if process.ppid() not in processes:
-                    return JobId(f"{pid}:{job.token}")
-        return None
+        return next((JobId(f"{p.pid}:{job.token}") for p in _processes(job.token) if _is_lead(p)), None)
 
     @override
     def poll(self, job_id: JobId) -> JobState:
         pid, token = job_id.split(":")
+        _reap()
         with suppress(psutil.NoSuchProcess):
             if _has_token(psutil.Process(int(pid)), token):
                 return JobState.RUNNING
+        left = list(_processes(token))
+        if not any(map(_is_lead, left)):  # else a later job of this folder
+            _end(left)
         return JobState.ENDED
 
     @override
@@ -133,13 +163,12 @@ class LocalLauncher(Launcher):
                 _signal(process, signal.SIGTERM)
                 psutil.wait_procs(processes, timeout=_SHUTDOWN_SECONDS)
         while survivors := list(_processes(token)):
-            for process in survivors:
-                _signal(process, signal.SIGKILL)
-            psutil.wait_procs(survivors, timeout=1)
+            _end(survivors)
+        _reap()
 
     def _environment(self, job: Job) -> dict[str, str]:
-        threads = max(1, (os.cpu_count() or 1) // self.num_processes)
-        seen = job.devices or self.gpus
+        threads = max(1, (self.cpus_per_trial or os.cpu_count() or 1) // self.num_processes)
+        seen = self.gpus if self.cpus_per_trial else job.devices or self.gpus
         devices = (
             {}
             if seen is None
@@ -150,6 +179,33 @@ class LocalLauncher(Launcher):
             **job_environment(job),
             **devices,
         }
+
+
+@cache
+def _starter(_controller: int) -> ThreadPoolExecutor:
+    """One thread that lives as long as this process: jobs die with the *thread* that started them."""
+    return ThreadPoolExecutor(1, thread_name_prefix="starts-jobs")
+
+
+def _start(job: Job, words: tuple[str, ...], environment: dict[str, str]) -> int:
+    with (job.run_dir / "log.txt").open("ab") as log:
+        child = subprocess.Popen(  # noqa: S603  our own command
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
+            cwd=job.run_dir,
+        )
+    _children[child.pid] = child
+    return child.pid
+
+
+def _reap() -> None:
+    for pid, child in list(_children.items()):
+        if child.poll() is not None:
+            _children.pop(pid, None)
 
 
 def gpu_bytes() -> dict[int, int]:
@@ -174,16 +230,16 @@ def gpu_shares() -> dict[int, float]:
     return {index: used / total for index, (used, total) in _query("memory.used", "memory.total").items()}
 
 
-def _devices_of_jobs() -> set[int]:
-    """Devices that a live process of any job sees, whichever study it belongs to."""
-    seen: set[int] = set()
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            environment = process.environ()
-            if TOKEN in environment:
-                listed = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-                seen |= {int(device) for device in listed if device.isdigit()}
-    return seen
+def _cores() -> set[int]:
+    """Cores that can be given to jobs; none where the system does not say."""
+    return os.sched_getaffinity(0) if sys.platform == "linux" else set()
+
+
+def _given(variable: str) -> set[int]:
+    """What live processes of any job were given, whichever study it belongs to."""
+    found = [environment for p in psutil.process_iter() if TOKEN in (environment := _variables(p))]
+    listed = [device for environment in found for device in environment.get(variable, "").split(",")]
+    return {int(device) for device in listed if device.isdigit()}
 
 
 def _processes(token: str) -> Iterator[psutil.Process]:
@@ -193,10 +249,26 @@ def _processes(token: str) -> Iterator[psutil.Process]:
 
 
 def _has_token(process: psutil.Process, token: str) -> bool:
+    return _variables(process).get(TOKEN) == token
+
+
+def _is_lead(process: psutil.Process) -> bool:
+    """Whether it is torchrun, or about to become that; what torchrun started has another's id in its environment."""
+    variables = _variables(process)
+    return TOKEN in variables and variables.get(lead.LEAD, str(process.pid)) == str(process.pid)
+
+
+def _variables(process: psutil.Process) -> dict[str, str]:
     try:
-        return process.environ().get(TOKEN) == token
+        return process.environ()
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess, OSError):
-        return False
+        return {}
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        _signal(process, signal.SIGKILL)
+    psutil.wait_procs(processes, timeout=1)
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator import controller
-from tests.integration.schedule import FAULTS, TRIALS, Report, Schedule
+from tests.integration.schedule import FAULTS, TRIALS, Report, Schedule, has_server, uses_torchrun
 
 _DISK = "24m"
 
@@ -61,6 +62,8 @@ def table(reports: list[Report]) -> str:
         "",
         f"`make crash`: {len(reports)} random schedules of {FAULTS} faults each on a study of {TRIALS} trials; real",
         "processes, real SQLite, the command line's own `run`. Afterwards the same command finishes the study.",
+        f"{sum(uses_torchrun(r.seed) for r in reports)} of them start jobs by torchrun itself, and "
+        f"{sum(has_server(r.seed) for r in reports)} mirror to an MLflow server that is killed too.",
         "",
         f"Trials lost, told twice or with wrong parameters, jobs left over or doubled, hangs and tracebacks: "
         f"**{len(bad)} of {len(reports)} schedules**.",
@@ -83,6 +86,7 @@ def main() -> int:
     parser.add_argument("--reports", type=Path, required=True, help="one JSON object a seed; goes on there")
     parser.add_argument("--table", type=Path, help="write what all reports in the file say, as Markdown")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no disk stays mounted
     known = (
         [Report(**json.loads(line)) for line in options.reports.read_text().splitlines()]
         if options.reports.exists()

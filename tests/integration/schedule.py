@@ -55,6 +55,16 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
 
+def uses_torchrun(seed: int) -> bool:
+    """Whether a schedule's jobs are torchrun's: they take seconds to start."""
+    return seed % 10 == 9
+
+
+def has_server(seed: int) -> bool:
+    """Whether a schedule's trials go to an MLflow server."""
+    return seed % 10 == 8
+
+
 class Schedule:
     """One study, its faults, and its end."""
 
@@ -64,9 +74,9 @@ class Schedule:
         self.found: set[int] = set()
         self.study = build_world(folder)
         tree = yaml.safe_load(self.study.read_text())
-        tree["launcher"] = {"kind": "local" if seed % 10 == 9 else "agent", "gpus": [], "poll_seconds": 0.05}
+        tree["launcher"] = {"kind": "local" if uses_torchrun(seed) else "agent", "gpus": [], "poll_seconds": 0.05}
         tree["limits"] = {"trials": TRIALS, "parallel": self.rng.choice([1, 2, 3]), "max_retries": 99}
-        self.server = Server(folder.parent) if seed % 10 == 8 else None
+        self.server = Server(folder.parent) if has_server(seed) else None
         if self.server:
             tree["tracker"] = {"kind": "mlflow", "uri": self.server.uri}
         tree["sampler"] = {"kind": self.rng.choice(["random", "tpe"])}

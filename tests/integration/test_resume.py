@@ -14,9 +14,11 @@ import psutil
 import pytest
 import yaml
 
+from orchestrator.launcher import Job
 from orchestrator.spec import load_study
 from orchestrator.storage import read_study
 from tests.contracts.launcher import wait_for
+from tests.integration.controller_process import ScriptLauncher
 from tests.orchestrator.fake_worker import STEPS
 from tests.orchestrator.studies import build_world
 from trainers.rundir import RunDir, thaw
@@ -130,6 +132,35 @@ def test_an_interrupted_controller_leaves_no_job_and_goes_on_later(study_file: P
     check(study_file)
 
 
+def test_a_second_ctrl_c_leaves_no_job_either(study_file: Path):
+    behaviour = study_file.parent / "runs" / "t" / "behaviour.txt"
+    behaviour.parent.mkdir(parents=True)
+    behaviour.write_text("stubborn")  # so that ending them takes a while
+    controller = start(study_file)
+    wait_for(lambda: len(list(behaviour.parent.glob("trials/*/pid"))) == 2)
+    for _ in range(2):
+        controller.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    controller.communicate(timeout=120)
+    assert controller.returncode == 130
+    assert not jobs(study_file)
+
+
+def test_jobs_that_stop_with_a_killed_controller_are_not_lost(study_file: Path):
+    stop = ("--set", "launcher.on_controller_death=stop", "--set", "limits.max_retries=0")
+    behaviour = study_file.parent / "runs" / "t" / "behaviour.txt"
+    behaviour.parent.mkdir(parents=True)
+    behaviour.write_text("hang")
+    controller = start(study_file, *stop)
+    wait_for(lambda: len(jobs(study_file)) == 2)
+    controller.kill()
+    controller.communicate(timeout=120)
+    wait_for(lambda: not jobs(study_file))
+    behaviour.unlink()
+    finish(start(study_file, *stop))
+    check(study_file)
+
+
 @pytest.mark.parametrize("controller_lives", [True, False])
 def test_cancel_ends_jobs_and_controller_and_the_study_goes_on_later(study_file: Path, *, controller_lives: bool):
     behaviour = study_file.parent / "runs" / "t" / "behaviour.txt"
@@ -137,6 +168,10 @@ def test_cancel_ends_jobs_and_controller_and_the_study_goes_on_later(study_file:
     behaviour.write_text("hang")
     controller = start(study_file)
     wait_for(lambda: len(jobs(study_file)) == 2)
+    replay = behaviour.parent / "replays" / "0000-1"
+    replay.mkdir(parents=True)
+    ScriptLauncher(gpus=()).submit(Job("tests.orchestrator.fake_worker", (str(replay),), replay))
+    wait_for(lambda: len(jobs(study_file)) == 3)
     if not controller_lives:
         controller.kill()
     finish(start(study_file, command="cancel"))

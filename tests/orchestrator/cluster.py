@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 import optuna
 
 from orchestrator.controller import Controller
-from orchestrator.drawing import DrawingSampler
 from orchestrator.launcher import Job, JobId, JobState, Launcher
 from orchestrator.pruners import Curve, Pruner
 from orchestrator.spec import StudySpec
@@ -145,7 +144,6 @@ def drive(spec: StudySpec) -> tuple[optuna.Study, int]:
             study_name=spec.name,
             directions=[optuna.study.StudyDirection.MAXIMIZE] * len(spec.objective.names),
             load_if_exists=True,
-            sampler=DrawingSampler(spec.sampler, spec.search, spec.defaults()),
         )
         try:
             Controller(spec, study).run()

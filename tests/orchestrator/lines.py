@@ -23,7 +23,7 @@ SCALE = "evaluate.guidance.scale"
 
 def study_of(sampler: GoldenSectionSampler, default: float = 3.0) -> optuna.Study:
     """A search of x, without a study file."""
-    return optuna.create_study(direction="maximize", sampler=DrawingSampler(sampler, SPACE, {"x": default}))
+    return optuna.create_study(direction="maximize", sampler=DrawingSampler(sampler, SPACE, [{"x": default}]))
 
 
 def ask(study: optuna.Study) -> tuple[optuna.Trial, float]:

@@ -54,11 +54,11 @@ def finish(folder: Path, *values: float) -> None:
     spec = load(folder)
     with controller_lock(spec.root):
         study = open_study(spec)
+        controller = Controller(spec, study)
         for value in values:
             trial = study.ask()
             params = {name: parameter.suggest(trial, name) for name, parameter in spec.search.items()}
             run = run_dir(spec.root, trial.number)
-            controller = Controller(spec, study)
             trial.set_user_attr("sha256", controller._freeze(run, params))
             score(run, clip_t=value)
             study.tell(trial, value)

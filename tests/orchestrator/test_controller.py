@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from orchestrator.controller import StudyStoppedError
+from orchestrator.failures import StudyStoppedError
 from orchestrator.launcher import JobId, JobState
 from tests.orchestrator.cluster import Cluster, drive, fail_with, spec_of, states
 from tests.orchestrator.studies import score
@@ -158,6 +158,36 @@ def test_an_interrupt_before_a_jobs_id_is_noted_ends_that_job_too(cluster: Clust
     with pytest.raises(KeyboardInterrupt):
         drive(spec_of(tmp_path))
     assert cluster.cancelled == ["0"]
+
+
+def test_a_place_is_free_when_the_job_is_gone_and_not_when_it_has_its_scores(cluster: Cluster, tmp_path: Path):
+    class Alone(dict[JobId, dict[str, Any]]):
+        def __setitem__(self, job_id: JobId, job: dict[str, Any]) -> None:
+            assert all(other["state"] is JobState.ENDED for other in self.values())
+            super().__setitem__(job_id, job)
+
+    def progress() -> None:
+        for job in cluster.jobs.values():
+            job["polls"] += 1
+            if job["polls"] == 3:
+                score(job["run"])
+            elif job["polls"] == 6:
+                job["state"] = JobState.ENDED
+
+    cluster.jobs, cluster.progress = Alone(), progress
+    study, _ = drive(spec_of(tmp_path, "limits.trials=3"))
+    assert states(study) == ["COMPLETE"] * 3
+    assert not cluster.cancelled
+
+
+def test_a_job_that_has_its_scores_and_does_not_end_is_ended(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("orchestrator.controller._LINGER_SECONDS", 0.01)
+    cluster.progress = lambda: score(list(cluster.jobs.values())[-1]["run"])
+    study, _ = drive(spec_of(tmp_path, "limits.trials=2"))
+    assert states(study) == ["COMPLETE"] * 2
+    assert cluster.cancelled == ["0", "1"]
 
 
 def test_a_job_that_takes_too_long_is_ended_and_counts_as_lost(cluster: Cluster, tmp_path: Path):

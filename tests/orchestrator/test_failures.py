@@ -8,8 +8,8 @@ import optuna
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from orchestrator.controller import Controller, StudyStoppedError
-from orchestrator.failures import failure_file, note_failure, read_failure
+from orchestrator.controller import Controller
+from orchestrator.failures import StudyStoppedError, failure_file, note_failure, read_failure
 from orchestrator.tables import failure_lines
 from orchestrator.trackers.mlflow import MlflowTracker
 from orchestrator.views import trial_views

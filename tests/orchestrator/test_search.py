@@ -43,7 +43,7 @@ DEFAULTS: Mapping[str, Value] = {"lr": 1e-3, "rank": 8, "steps": 300}
 
 def study_of(sampler: Sampler, space: Mapping[str, Parameter] = SPACE) -> optuna.Study:
     defaults = {name: DEFAULTS[name] for name in space}
-    return optuna.create_study(direction="maximize", sampler=DrawingSampler(sampler, space, defaults))
+    return optuna.create_study(direction="maximize", sampler=DrawingSampler(sampler, space, [defaults]))
 
 
 def ask(study: optuna.Study, space: Mapping[str, Parameter] = SPACE) -> tuple[optuna.Trial, dict[str, Value]]:

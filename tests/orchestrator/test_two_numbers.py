@@ -26,7 +26,7 @@ def _quiet() -> None:
 
 
 def study_of(sampler: LineSampler) -> optuna.Study:
-    return optuna.create_study(direction="maximize", sampler=DrawingSampler(sampler, SPACE, DEFAULTS))
+    return optuna.create_study(direction="maximize", sampler=DrawingSampler(sampler, SPACE, [DEFAULTS]))
 
 
 def ask(study: optuna.Study) -> tuple[optuna.Trial, dict[str, Any]]:

@@ -2,6 +2,9 @@
 import os
 import signal
 import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,10 @@ import pytest
 from pydantic import ValidationError
 
 from orchestrator.launcher import Job, JobId, JobState
+from orchestrator.launchers import local
 from orchestrator.launchers.local import LocalLauncher
 from tests.contracts.launcher import LauncherContract, wait_for
+from tests.integration.controller_process import ScriptLauncher
 from trainers.errors import LaunchError
 
 
@@ -72,16 +77,109 @@ def test_the_token_of_a_run_directory_is_the_same_for_everyone(tmp_path: Path):
     assert direct.token == linked.token != Job("m", (), tmp_path).token
 
 
-@pytest.mark.slow
-def test_ranks_die_with_torchrun_however_it_dies(tmp_path: Path):
+def processes(job: Job) -> list[psutil.Process]:
+    return list(local._processes(job.token))
+
+
+def waiting(folder: Path, *options: str) -> Job:
     """`tests.orchestrator.waiting_worker` is the real worker's first lines."""
-    launcher = LocalLauncher(gpus=(), num_processes=2)
-    job_id = launcher.submit(Job("tests.orchestrator.waiting_worker", (str(tmp_path),), tmp_path))
-    wait_for(lambda: len(list(tmp_path.glob("pid*"))) == 2)
-    ranks = [psutil.Process(int(file.name.removeprefix("pid"))) for file in tmp_path.glob("pid*")]
-    os.kill(int(job_id.split(":")[0]), signal.SIGKILL)
-    wait_for(lambda: not any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks))
+    return Job("tests.orchestrator.waiting_worker", (str(folder), *options), folder)
+
+
+def ranks_of(folder: Path) -> list[int]:
+    wait_for(lambda: len(list(folder.glob("pid*"))) == 2)
+    return [int(file.name.removeprefix("pid")) for file in folder.glob("pid*")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["torchrun", "rank"])
+def test_nothing_survives_when_torchrun_or_a_rank_is_killed(tmp_path: Path, victim: str):
+    launcher, job = LocalLauncher(gpus=(), num_processes=2), waiting(tmp_path)
+    job_id = launcher.submit(job)
+    ranks = ranks_of(tmp_path)
+    os.kill(int(job_id.split(":")[0]) if victim == "torchrun" else ranks[0], signal.SIGKILL)
+    wait_for(lambda: launcher.poll(job_id) is JobState.ENDED)
+    wait_for(lambda: not any(map(psutil.pid_exists, ranks)))
     assert launcher.poll(job_id) is JobState.ENDED
+    assert not processes(job)
+
+
+CONTROLLER = """
+import sys, time
+from pathlib import Path
+from orchestrator.launcher import Job
+from orchestrator.launchers.local import LocalLauncher
+
+kind, folder = sys.argv[1:]
+launcher = LocalLauncher(gpus=(), num_processes=2, on_controller_death=kind)
+launcher.submit(Job("tests.orchestrator.waiting_worker", (folder, "stubborn"), Path(folder)))
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_jobs_of_a_killed_controller_go_on_and_can_be_found_or_end_even_if_they_are_stubborn(tmp_path: Path):
+    folders = {kind: tmp_path / kind for kind in ("adopt", "stop")}
+    controllers = []
+    for kind, folder in folders.items():
+        folder.mkdir()
+        controllers.append(subprocess.Popen([sys.executable, "-c", CONTROLLER, kind, str(folder)]))
+    ranks = {kind: ranks_of(folder) for kind, folder in folders.items()}
+    for controller in controllers:
+        controller.kill()
+        controller.wait()
+    wait_for(lambda: not processes(waiting(folders["stop"])))
+    launcher, job = LocalLauncher(gpus=()), waiting(folders["adopt"])
+    assert set(ranks["adopt"]) < {process.pid for process in processes(job)}
+    found = launcher.find(job)
+    assert found is not None
+    assert launcher.poll(found) is JobState.RUNNING
+    launcher.cancel(found)
+    assert not processes(job)
+
+
+def test_a_job_that_stops_with_its_controller_does_not_stop_with_the_thread_that_started_it(tmp_path: Path):
+    launcher, job = ScriptLauncher(gpus=(), on_controller_death="stop"), waiting(tmp_path)
+
+    def start() -> None:
+        launcher.submit(job)
+        wait_for(lambda: list(tmp_path.glob("pid*")))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    time.sleep(0.5)  # a killed job would be gone by now
+    found = launcher.find(job)
+    assert found is not None
+    launcher.cancel(found)
+    assert not processes(job)
+
+
+def test_a_job_has_its_cores_for_itself(tmp_path: Path):
+    core = min(os.sched_getaffinity(0))
+    launcher, job = ScriptLauncher(gpus=(), cpus_per_trial=1), replace(waiting(tmp_path), devices=(core,))
+    launcher.check()
+    job_id = launcher.submit(job)
+    wait_for(lambda: len(processes(job)) == 2)  # the job and its child
+    assert [process.cpu_affinity() for process in processes(job)] == [[core]] * 2
+    assert {process.environ()["OMP_NUM_THREADS"] for process in processes(job)} == {
+        os.environ.get("OMP_NUM_THREADS", "1")
+    }
+    assert core not in (launcher.free_devices() or ())
+    launcher.cancel(job_id)
+    assert core in (LocalLauncher(cpus_per_trial=len(os.sched_getaffinity(0))).free_devices() or (core,))
+
+
+def test_a_trial_waits_until_enough_cores_are_no_other_jobs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    launcher = LocalLauncher(cpus_per_trial=2)
+    assert launcher.free_devices() == (0, 1)
+    environment = {"TRIAL_TOKEN": "another study's", "TRIAL_CORES": "0,2"}
+    with subprocess.Popen(["/bin/sleep", "600"], env=environment) as job:
+        assert launcher.free_devices() == (1, 3)
+        assert LocalLauncher(cpus_per_trial=3).free_devices() is None
+        job.kill()
+    assert launcher.free_devices() == (0, 1)
 
 
 @pytest.fixture
@@ -121,6 +219,7 @@ def test_a_job_sees_the_devices_that_it_was_given(job: Job):
     [
         ({"gpus": (0, 1), "gpus_per_trial": 3}, "expected at most so many"),
         ({"gpus_per_trial": 1, "num_processes": 2}, "expected at most one a GPU"),
+        ({"gpus_per_trial": 1, "cpus_per_trial": 1}, "expected one of them"),
     ],
 )
 def test_more_than_there_can_be_is_refused(options: dict[str, Any], problem: str):
@@ -131,3 +230,8 @@ def test_more_than_there_can_be_is_refused(options: dict[str, Any], problem: str
 def test_devices_that_are_not_there_are_refused(memory: Path):
     with pytest.raises(LaunchError, match="gpus_per_trial: got 5; expected at most as many as nvidia-smi lists, 4"):
         LocalLauncher(gpus_per_trial=5).check()
+
+
+def test_more_cores_than_there_are_are_refused():
+    with pytest.raises(LaunchError, match="cpus_per_trial: got 100000; expected at most as many as this process may"):
+        LocalLauncher(cpus_per_trial=100_000).check()

@@ -1,0 +1,74 @@
+"""Ending what a study runs: all of it, and without being disturbed."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from orchestrator.launcher import Job, JobState
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable
+    from pathlib import Path
+
+    from orchestrator.launcher import JobId, Launcher
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 16
+"""Jobs that are ended at the same time; each may take seconds."""
+_OTHERS = ("confirm", "replays")
+"""Folders in a study's folder with a run directory for each job that is no trial's."""
+
+
+@contextmanager
+def undisturbed() -> Generator[None]:
+    """Ignore Ctrl-C and SIGTERM: the second Ctrl-C must not leave jobs behind that the first one was to end."""
+    if threading.current_thread() is not threading.main_thread():  # which signals do not reach
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_jobs(launcher: Launcher, job_ids: Iterable[JobId]) -> None:
+    """End jobs, several at a time, and wait until none of their processes is left. Raises LaunchError."""
+    wanted = list(job_ids)
+    if wanted:
+        log.info("ending %d jobs", len(wanted))
+        with ThreadPoolExecutor(min(_AT_ONCE, len(wanted))) as threads:
+            list(threads.map(launcher.cancel, wanted))
+
+
+def end_others(launcher: Launcher, root: Path) -> None:
+    """End what `run` and `replay` started besides trials, and left behind when they were killed. Raises LaunchError."""
+    folders = [folder for name in _OTHERS for folder in (root / name).glob("*")]
+    found = [launcher.find(Job("", (), folder)) for folder in folders]  # a job is found by its folder
+    end_jobs(launcher, [job_id for job_id in found if job_id is not None])
+
+
+def run_to_end(launcher: Launcher, job: Job) -> None:
+    """Run a job that is no trial's, or go on with the one that runs; it ends when this is interrupted.
+
+    Raises:
+        LaunchError: It cannot be started or asked.
+    """
+    if not launcher.outlives_controller and (dying := launcher.find(job)):
+        launcher.cancel(dying)
+    try:
+        job_id = launcher.find(job) or launcher.submit(job)
+        while launcher.poll(job_id) is not JobState.ENDED:
+            time.sleep(launcher.poll_seconds)
+    finally:
+        with undisturbed():  # perhaps we were interrupted before we knew its id
+            if left := launcher.find(job):
+                launcher.cancel(left)
