@@ -1,5 +1,7 @@
 """The command line in this process: bad input ends with one line and exit code 2, before any job starts."""
 
+# pyright: basic
+
 import json
 import os
 import shutil
@@ -44,7 +46,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
     def answer(*argv: str) -> Answer:
         code = main(argv)
-        return Answer(code, *capfd.readouterr())
+        said = capfd.readouterr()
+        return Answer(code, said.out, said.err)
 
     return answer
 

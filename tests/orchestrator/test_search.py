@@ -1,3 +1,4 @@
+# pyright: basic
 import itertools
 import math
 from collections.abc import Mapping
