@@ -110,24 +110,22 @@ def _row(found: Found) -> Iterator[tuple[str, object]]:
 
 
 def strip(group: Sequence[Found]) -> Mapping[tuple[str, str], Path]:
-    """Picture files by row and column: the searched number across, subjects down, each study's best at the end.
+    """Picture files by row and column: the searched number across, subjects down, each row's best at the end.
 
-    A row has the first prompt's first picture. Where rows have been judged at different places, the columns are the
-    places that all of them have in common.
+    A row has the first prompt's first picture, and its label says where its best lies: the study's winner where that is
+    in the row. Where rows have been judged at different places, the columns are the places that all of them have in
+    common.
     """
-    rows: dict[str, dict[float, TrialView]] = {}
-    best: dict[str, TrialView] = {}
+    rows: dict[str, tuple[dict[float, TrialView], float]] = {}
     for found in group:
         for label, places in _rows(found).items():
-            rows[label] = places
-            best[label] = max(places.values(), key=_rank)
-    if not rows:
-        return {}
-    first, *others = rows.values()
-    common = sorted(x for x in first if all(x in places for places in others))
+            won = [x for x, trial in places.items() if trial.number == found.winner.number]
+            best = won[0] if won else max(places, key=lambda x: _rank(places[x]))
+            rows[f"{label}, best {best:.3g}"] = places, best
+    common = sorted(set[float].intersection(*(set(places) for places, _ in rows.values()))) if rows else []
     pictures: dict[tuple[str, str], Path] = {}
-    for label, places in rows.items():
-        chosen = {f"{x:.3g}": places[x] for x in common} | {BEST: best[label]}
+    for label, (places, best) in rows.items():
+        chosen = {f"{x:.3g}": places[x] for x in common} | {BEST: places[best]}
         for column, trial in chosen.items():
             if (file := next(iter(sorted(trial.run.samples.glob("0000_*.png"))), None)) is not None:
                 pictures[label, column] = file

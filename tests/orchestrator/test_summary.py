@@ -1,0 +1,77 @@
+"""The strip of pictures: the searched number across, subjects down, the best at the end."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from orchestrator.spec import StudySpec
+from orchestrator.summary import Found, strip
+from orchestrator.tracker import TrialView
+from orchestrator.views import run_dir
+from tests.orchestrator.studies import TREE, load
+
+SCALE, OMEGA = "evaluate.guidance.scale", "evaluate.guidance.omega"
+
+
+def study(folder: Path, name: str, **changes: Any) -> StudySpec:
+    """A search of the scale."""
+    search = {SCALE: {"kind": "float", "low": -10, "high": 10}}
+    (folder / "study.yaml").write_text(
+        yaml.safe_dump({**TREE, "name": name, "search": search, **changes}, sort_keys=False)
+    )
+    return load(folder)
+
+
+def judged(spec: StudySpec, values: Mapping[tuple[float, ...], float], broken: tuple[int, ...] = ()) -> list[TrialView]:
+    """Trials that drew a picture each, by the values of what was searched."""
+    trials: list[TrialView] = []
+    for number, (place, value) in enumerate(values.items()):
+        run = run_dir(spec.root, number)
+        run.samples.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(run.samples / "0000_a-zog_0.png")
+        params = dict(zip(spec.search, place, strict=True))
+        violations = {"clip_t.at_least": 0.1} if number in broken else {}
+        views: dict[str, Any] = {"state": "COMPLETE", "reason": None, "start": None, "end": None}
+        trials.append(TrialView(number=number, params=params, values=[value], run=run, violations=violations, **views))
+    return trials
+
+
+def found(spec: StudySpec, trials: list[TrialView], winner: int) -> Found:
+    return Found(spec.name, spec, trials, trials[winner], (trials[winner].values or [0.0])[0])
+
+
+def numbers(pictures: Mapping[tuple[str, str], Path]) -> dict[tuple[str, str], int]:
+    return {place: int(file.parents[1].name) for place, file in pictures.items()}
+
+
+def test_rows_have_the_places_that_all_share_and_the_winner_at_the_end(tmp_path: Path):
+    a, b = study(tmp_path, "a"), study(tmp_path, "b")
+    first = judged(a, {(5.0,): 0.9, (-10.0,): 0.1, (10.0,): 0.2, (6.25,): 0.8})
+    second = judged(b, {(5.0,): 0.1, (-10.0,): 0.3, (10.0,): 0.2})
+    assert numbers(strip([found(a, first, 3), found(b, second, 1)])) == {
+        ("a, best 6.25", "-10"): 1, ("a, best 6.25", "5"): 0, ("a, best 6.25", "10"): 2, ("a, best 6.25", "best"): 3,
+        ("b, best -10", "-10"): 1, ("b, best -10", "5"): 0, ("b, best -10", "10"): 2, ("b, best -10", "best"): 1,
+    }  # fmt: skip
+
+
+def test_of_two_numbers_each_line_is_a_row_whose_best_keeps_all_bounds(tmp_path: Path):
+    guidance = {"kind": "wig", "omega": 0.0}
+    trial = {**TREE["trial"], "evaluate": {**TREE["trial"]["evaluate"], "guidance": guidance}}
+    search = {
+        SCALE: {"kind": "float", "low": -10, "high": 10},
+        OMEGA: {"kind": "float", "low": 0, "high": 1, "step": 1},
+    }
+    spec = study(tmp_path, "w", trial=trial, search=search)
+    trials = judged(spec, {(5.0, 0.0): 0.5, (3.0, 0.0): 0.9, (5.0, 1.0): 0.4, (3.0, 1.0): 0.3}, broken=(1,))
+    assert numbers(strip([found(spec, trials, 2)])) == {
+        ("w omega 0.0, best 5", "3"): 1, ("w omega 0.0, best 5", "5"): 0, ("w omega 0.0, best 5", "best"): 0,
+        ("w omega 1.0, best 5", "3"): 3, ("w omega 1.0, best 5", "5"): 2, ("w omega 1.0, best 5", "best"): 2,
+    }  # fmt: skip
+
+
+def test_a_study_that_searches_no_continuous_number_has_no_strip(tmp_path: Path):
+    spec = study(tmp_path, "r", search={"train.lora.rank": {"kind": "categorical", "choices": [4, 8, 16]}})
+    assert strip([found(spec, judged(spec, {(4,): 0.5}), 0)]) == {}
