@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import pickle
 from abc import abstractmethod
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -26,7 +27,7 @@ from trainers.cache import Cache, digest
 from trainers.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
     from pathlib import Path
 
     from jaxtyping import Float, Float32, Int
@@ -118,9 +119,10 @@ class OpenClipEncoder(ClipEncoder):
         name = f"local-dir:{folder.path}"
         try:
             own = folder.checkpoint is None
-            model, _, preprocess = open_clip.create_model_and_transforms(
-                name, device=device, load_weights=own, require_pretrained=own
-            )
+            with nullcontext() if own else _random_for_now():
+                model, _, preprocess = open_clip.create_model_and_transforms(
+                    name, device=device, load_weights=own, require_pretrained=own
+                )
             if folder.checkpoint is not None:
                 load_checkpoint(cast("Any", model), str(folder.checkpoint))
             tokenizer = open_clip.get_tokenizer(name)
@@ -150,6 +152,21 @@ class OpenClipEncoder(ClipEncoder):
     @override
     def _text_features(self, tokens: Int[Tensor, "b tokens"]) -> Float[Tensor, "b width"]:
         return self._model.encode_text(tokens)
+
+
+@contextmanager
+def _random_for_now() -> Generator[None]:
+    """Within it, open_clip does not warn of random weights: a checkpoint takes their place at once."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "initialized randomly" not in record.getMessage()
+
+    root = logging.getLogger()  # open_clip has no logger of its own
+    root.addFilter(keep)
+    try:
+        yield
+    finally:
+        root.removeFilter(keep)
 
 
 class TransformersClipEncoder(ClipEncoder):

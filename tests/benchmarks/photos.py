@@ -94,11 +94,11 @@ def clip(folder: Path) -> dict[str, str]:
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    large = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
-    text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+    large: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+    text: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
     config = CLIPConfig(
-        text_config=CLIPTextConfig(**text).to_dict(),
-        vision_config=CLIPVisionConfig(**large, patch_size=14, image_size=224).to_dict(),
+        text_config=CLIPTextConfig(**text, num_hidden_layers=12).to_dict(),
+        vision_config=CLIPVisionConfig(**large, num_hidden_layers=24, patch_size=14, image_size=224).to_dict(),
         projection_dim=768,
     )
     CLIPModel(config).save_pretrained(folder)

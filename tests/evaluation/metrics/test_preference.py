@@ -65,3 +65,8 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(encoders, tower, tmp_p
 def test_a_checkpoint_needs_an_open_clip_folder(transformers_folder, tower):
     with pytest.raises(ModelError, match="open_clip_config"):
         Preference(model=transformers_folder, checkpoint=tower / "HPS.pt").check()
+
+
+def test_weights_that_a_checkpoint_replaces_at_once_are_no_reason_to_warn(tower, encoders, caplog):
+    encoders.clip(tower, tower / "HPS.pt")
+    assert "initialized randomly" not in caplog.text
