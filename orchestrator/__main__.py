@@ -10,7 +10,7 @@ from typing import cast
 from orchestrator.command import Command, err
 from trainers.errors import ProjectError
 
-_COMMANDS = ("run", "plan", "status", "best", "replay", "cancel", "move", "ui", "evaluate", "generate")
+_COMMANDS = ("run", "plan", "status", "best", "replay", "cancel", "submit", "move", "ui", "evaluate", "generate")
 """In the order of `--help`."""
 _EXAMPLES = """\
 a first study, from start to end:

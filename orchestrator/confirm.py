@@ -163,7 +163,8 @@ def _run_job(contest: Contest) -> None:
     tree = {"study": spec.model_dump(mode="json"), "candidates": list(contest.candidates)}
     text, digest = freeze(tree)
     write_atomically(run.trial, text)
-    job = Job("orchestrator.confirm", (str(run.path), "--sha256", digest), run.path)
+    judged = tuple(run_dir(spec.root, number).path for number in {0, *contest.candidates})
+    job = Job("orchestrator.confirm", (str(run.path), "--sha256", digest), run.path, reads=judged)
     run_to_end(spec.launcher.alone(), job)
 
 

@@ -2,16 +2,20 @@
 
 import hashlib
 import os
+import time
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import NewType, Self
+from typing import NewType, Self, TypeVar
 
 from pydantic import Field
 
 from trainers.config import Choice
+from trainers.errors import LaunchError
 
+T = TypeVar("T")
 JobId = NewType("JobId", str)
 
 TOKEN = "TRIAL_TOKEN"  # noqa: S105  a name, not a secret
@@ -46,6 +50,8 @@ class Job:
     run_dir: Path
     devices: tuple[int, ...] = ()
     """GPUs or cores that it has for itself, if its launcher gives them to jobs; else it shares what there is."""
+    reads: tuple[Path, ...] = ()
+    """Folders of other jobs that it needs, for a launcher whose jobs do not see this machine's disk."""
 
     @property
     def token(self) -> str:
@@ -120,3 +126,30 @@ def job_environment(job: Job, *, elsewhere: bool = False) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         TOKEN: job.token,
     }
+
+
+class BusyError(LaunchError):
+    """What looks after the jobs did not answer; it may later."""
+
+
+def patiently(ask: Callable[[], T], *, minutes: float, pause_seconds: float) -> T:
+    """The answer of `ask`, which is repeated for `minutes` while it says that it got none.
+
+    Raises:
+        BusyError: It still gets none.
+    """
+    deadline = time.monotonic() + minutes * 60
+    while True:
+        try:
+            return ask()
+        except BusyError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(pause_seconds)
+
+
+def rendezvous(nodes: int, index: int, endpoint: str) -> tuple[str, ...]:
+    """Options of torchrun for the agent of node `index`; the first one keeps the store at `endpoint`."""
+    told = f"is_host={int(index == 0)}"  # else each would look up whether the address is its own
+    where = ("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", endpoint, "--rdzv-conf", told)
+    return ("--nnodes", str(nodes), *where)

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, Field, PrivateAttr
 from typing_extensions import override
 
-from orchestrator.launcher import Job, JobId, JobState, Launcher, job_environment
+from orchestrator.launcher import BusyError, Job, JobId, JobState, Launcher, job_environment, patiently
 from trainers.errors import LaunchError
 
 T = TypeVar("T")
@@ -188,18 +188,7 @@ class SlurmLauncher(Launcher):
         self._listed_at = time.monotonic()
 
     def _patiently(self, ask: Callable[[], T]) -> T:
-        deadline = time.monotonic() + self.patience_minutes * 60
-        while True:
-            try:
-                return ask()
-            except _BusyError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(max(self.poll_seconds, 1.0))
-
-
-class _BusyError(LaunchError):
-    """Slurm's controller did not answer; it may later."""
+        return patiently(ask, minutes=self.patience_minutes, pause_seconds=max(self.poll_seconds, 1.0))
 
 
 def _state(word: str) -> JobState:
@@ -220,5 +209,5 @@ def _call(words: list[str], script: str = "", environment: dict[str, str] | None
     if done.returncode == 0:
         return done.stdout
     said = " ".join(done.stderr.split())
-    kind = _BusyError if any(phrase in said.lower() for phrase in _BUSY) else LaunchError
+    kind = BusyError if any(phrase in said.lower() for phrase in _BUSY) else LaunchError
     raise kind(f"launcher: {words[0]} said: {said}; expected it to do `{shlex.join(words)}`")

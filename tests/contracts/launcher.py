@@ -50,7 +50,7 @@ class LauncherContract:
     def test_cancelling_leaves_no_process_even_of_a_job_that_ignores_it(self, launcher: Launcher, job: Job):
         (job.run_dir.parents[1] / "behaviour.txt").write_text("stubborn")
         job_id = launcher.submit(job)
-        wait_for((job.run_dir / "pid").exists)
+        wait_for(lambda: launcher.poll(job_id) and (job.run_dir / "pid").exists())
         pid = int((job.run_dir / "pid").read_text())
         wait_for(psutil.Process(pid).children)
         family = [psutil.Process(pid), *psutil.Process(pid).children()]

@@ -26,7 +26,7 @@ from orchestrator.views import run_dir, trial_views
 from tests.orchestrator.studies import TREE, build_world, load, score
 from trainers.rundir import RunError
 
-COMMANDS = ("run", "plan", "status", "best", "replay", "cancel", "move", "ui", "evaluate", "generate")
+COMMANDS = ("run", "plan", "status", "best", "replay", "cancel", "submit", "move", "ui", "evaluate", "generate")
 
 
 class Answer(NamedTuple):

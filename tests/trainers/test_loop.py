@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestrator.launcher import rendezvous
 from tests.contracts.method import InterruptionError, interrupt, load_state, weights
 from trainers.batch import Stream, example_rng
 from trainers.data.folder import FolderConfig
@@ -195,11 +197,11 @@ def launch(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
 
-    def start(config, run, processes):
+    def start(config, run, processes, meeting=()):
         frozen = tmp_path / f"{run.path.name}.json"
         frozen.write_text(json.dumps(config.model_dump(mode="json")))
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        job = [*(launcher if processes > 1 else []), script, frozen, run.path, tmp_path / "cache"]
+        launcher = ["-m", "torch.distributed.run", *(meeting or ["--standalone"]), f"--nproc-per-node={processes}"]
+        job = [*(launcher if processes > 1 or meeting else []), script, frozen, run.path, tmp_path / "cache"]
         environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.Popen([sys.executable, *map(str, job)], env=environment)
 
@@ -237,6 +239,23 @@ def test_two_processes_train_what_one_does(make_config, pictures, launch, tmp_pa
     for event in events(runs[2], "samples"):
         assert [(runs[2].path / file).is_file() for file in event["files"]] == [True] * 3
     assert (runs[2].adapter / "weak").is_dir() == ("weak_fraction" in options)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_what_two_processes_of_one_do(make_config, launch, tmp_path):
+    """Two torchruns that meet at a port of this machine, as they would on two."""
+    config = make_config()
+    one, two = RunDir(tmp_path / "one"), RunDir(tmp_path / "two")
+    assert launch(config, one, 2).wait(timeout=900) == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    local = ("--local-addr", "127.0.0.1")
+    agents = [launch(config, two, 1, (*rendezvous(2, index, endpoint), *local)) for index in range(2)]
+    assert [agent.wait(timeout=900) for agent in agents] == [0, 0]
+    expected = load_state(one)["parameters"]
+    assert all(torch.equal(value, expected[name]) for name, value in load_state(two)["parameters"].items())
+    assert [event["loss"] for event in events(two)] == [event["loss"] for event in events(one)]
 
 
 @pytest.mark.slow
