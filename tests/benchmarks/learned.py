@@ -3,18 +3,20 @@
 A trial of a study on the miniature world and the model it began with draw the same pictures on fresh seeds: of what was
 to be learnt, and of plain things that have nothing to do with it. Every picture is compared with its scene pixel by
 pixel (`trainers.miniature.truth`). Differences are paired; intervals are 95 % over prompts. Table and pictures go to
-`tests/benchmarks/results/learned_NAME.md` and `.png`.
+`tests/benchmarks/results/learned_NAME.md` and `.png`. `--beside WORD TRIAL` lets another trial draw too: for a refiner,
+the base that hands over to it.
 """
 
 import argparse
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from evaluation.grid import draw_grid
 from evaluation.statistics import estimate, paired_difference
@@ -35,6 +37,8 @@ _FIRST_LINE = (__doc__ or "").splitlines()[0]
 RESULTS = Path(__file__).parent / "results"
 FRESH_SEEDS = (1001, 1002, 1003)
 """That no study's panel uses."""
+SHOWN = 6
+"""Prompts of each kind on the sheet."""
 Scenes = Mapping[Prompt, Scene]
 Panel = dict[tuple[str, int], float]
 
@@ -85,39 +89,74 @@ def draw(model: Model, scenes: Scenes, seeds: Sequence[int], sampling: SamplingC
     return Drawn(truth, pictures)
 
 
-def report(name: str, trial: Path, learnt: Scenes, seeds: Sequence[int] = FRESH_SEEDS) -> str:
+@dataclass(frozen=True)
+class Judging:
+    """What is judged, and by what."""
+
+    trial: Path
+    learnt: Scenes
+    seeds: Sequence[int] = FRESH_SEEDS
+    beside: tuple[str, Path] | None = None
+    """Another trial, and what to call it."""
+
+    def spec(self) -> TrialSpec:
+        """How the trial was trained, and draws."""
+        return TrialSpec.model_validate(thaw(RunDir(self.trial).trial))
+
+    def models(self, accelerator: Accelerator) -> Iterator[tuple[str, Model]]:
+        """Who draws, one loaded after the other."""
+        train = self.spec().train
+        if self.beside:
+            name, other = self.beside
+            trained = TrialSpec.model_validate(thaw(RunDir(other).trial)).train
+            yield name, trained.load_trained(RunDir(other).adapter, accelerator)
+        yield "before", train.load_trained(None, accelerator)
+        yield "after", train.load_trained(RunDir(self.trial).adapter, accelerator)
+
+
+def report(name: str, judging: Judging) -> str:
     """Judge a trial; writes the table and the pictures, and returns the table."""
-    spec = TrialSpec.model_validate(thaw(RunDir(trial).trial))
+    spec, seeds = judging.spec(), judging.seeds
     accelerator = build_accelerator(spec.train)
     sampling = SamplingConfig.model_validate(spec.evaluate.model_dump(include=set(SamplingConfig.model_fields)))
     rows: list[str] = []
     pictures: dict[tuple[str, str], Path] = {}
     with tempfile.TemporaryDirectory() as folder, accelerator.autocast():
-        parts = {"to be learnt": learnt, "to be kept": plain_scenes()}
-        drawn: dict[tuple[str, str], Drawn] = {}
-        for who, adapter in (("before", None), ("after", RunDir(trial).adapter)):
-            model = spec.train.load_trained(adapter, accelerator)
+        parts = {"to be learnt": judging.learnt, "to be kept": plain_scenes()}
+        drawn: dict[str, dict[str, Drawn]] = {what: {} for what in parts}
+        for who, model in judging.models(accelerator):
             for what, scenes in parts.items():
-                drawn[what, who] = draw(model, scenes, seeds, sampling, Path(folder) / who / what)
+                drawn[what][who] = draw(model, scenes, seeds, sampling, Path(folder) / who / what)
         for what, scenes in parts.items():
-            before, after = drawn[what, "before"], drawn[what, "after"]
-            gain = paired_difference(after.truth, before.truth)
-            values = (estimate(before.truth).mean, estimate(after.truth).mean, gain.mean, gain.low, gain.high)
-            cells = "| {:.3f} | {:.3f} | {:+.3f} ({:+.3f} to {:+.3f}) |".format(*values)
-            rows.append(f"| {what} ({len(scenes)} prompts x {len(seeds)} seeds) {cells}")
-            for prompt in list(before.pictures)[:6]:
-                pictures[prompt, "before"], pictures[prompt, "after"] = before.pictures[prompt], after.pictures[prompt]
+            rows.append(f"| {what} ({len(scenes)} prompts x {len(seeds)} seeds) {_cells(drawn[what])}")
+            for prompt in list(scenes)[:SHOWN]:
+                pictures |= {(str(prompt), who): one.pictures[str(prompt)] for who, one in drawn[what].items()}
         RESULTS.mkdir(exist_ok=True)
         draw_grid(pictures).save(RESULTS / f"learned_{name}.png")
+    table = "\n".join([*_head(list(drawn["to be kept"])), *rows])
     used = versions()
-    table = "\n".join(["| pixel truth | before | after | difference (95 %) |", "| --- | --: | --: | --- |", *rows])
     text = (
-        f"# {name}: learnt and kept\n\n{table}\n\n![before and after](learned_{name}.png)\n\n"
+        f"# {name}: learnt and kept\n\n{table}\n\nSeeds of the pictures: {', '.join(map(str, seeds))}. The first "
+        f"{SHOWN} prompts of each kind, with the first seed:\n\n![who drew what](learned_{name}.png)\n\n"
         f"`{type(spec.train).__name__}`, {spec.train.steps} steps of {spec.train.batch_size}; two CPU cores; torch "
         f"{used['torch']}, diffusers {used['diffusers']}. {_FIRST_LINE}\n"
     )
     (RESULTS / f"learned_{name}.md").write_text(text, encoding="utf-8")
     return table
+
+
+def _head(who: Sequence[str]) -> list[str]:
+    differences = [f"after - {name} (95 %)" for name in who if name != "after"]
+    return [
+        f"| pixel truth | {' | '.join((*who, *differences))} |",
+        "| --- |" + " --: |" * len(who) + " --- |" * len(differences),
+    ]
+
+
+def _cells(drawn: Mapping[str, Drawn]) -> str:
+    means = [f"{estimate(one.truth).mean:.3f}" for one in drawn.values()]
+    gains = [paired_difference(drawn["after"].truth, one.truth) for who, one in drawn.items() if who != "after"]
+    return f"| {' | '.join((*means, *(f'{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})' for gain in gains)))} |"
 
 
 def main() -> None:
@@ -129,9 +168,11 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=FRESH_SEEDS, help="of the noise that pictures begin with"
     )
+    parser.add_argument("--beside", nargs=2, metavar=("WORD", "TRIAL"), help="another trial, and what to call it")
     arguments = parser.parse_args()
-    learnt = targets(arguments.concept)
-    print(report(arguments.name or arguments.concept, arguments.trial, learnt, arguments.seeds))
+    beside = (arguments.beside[0], Path(arguments.beside[1])) if arguments.beside else None
+    judging = Judging(arguments.trial, targets(arguments.concept), tuple(arguments.seeds), beside)
+    print(report(arguments.name or arguments.concept, judging))
 
 
 if __name__ == "__main__":

@@ -181,6 +181,11 @@ class Branches(nn.Module):
         super().__init__()
         self.layers = nn.ModuleDict({_spell(name): branch for name, branch in layers.items()})
 
+    def close(self) -> None:
+        """Shut all gates: pictures are drawn as if there were no branches."""
+        for branch in self.layers.values():
+            nn.init.zeros_(cast("Branch", branch).gate)
+
 
 def install(unet: nn.Module, config: BranchConfig, id_width: int, seed: int) -> Branches:
     """Give a UNet branched processors in place of its own; calls without `Faces` do what they did before.

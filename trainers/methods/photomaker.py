@@ -135,6 +135,7 @@ class PhotoMakerConfig(TunedConfig):
     def load_trained(self, folder: Path | None, accelerator: Accelerator) -> Model:
         model = self.load_photomaker(self.draw_on or self.backbone, 0, accelerator)
         if folder is None:
+            model.branches.close()  # what training starts from is PhotoMaker as published, wherever gates begin
             return model
         load(model.backbone, folder)
         if self.branches.branched_self:

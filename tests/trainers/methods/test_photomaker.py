@@ -47,6 +47,17 @@ def test_the_untrained_method_is_photomaker(make, accelerator, people):
     torch.testing.assert_close(predict(method.model, prompts), predict(bare, prompts), atol=1e-5, rtol=0)
 
 
+def test_what_trials_are_compared_with_is_photomaker_wherever_gates_begin(make, accelerator, people):
+    started = make(branches={"gate": 1.0}).build(0, None, accelerator).model
+    base, bare = (
+        make(branches=branches).load_trained(None, accelerator)
+        for branches in ({"gate": 1.0}, {"branched_self": False, "branched_cross": False})
+    )
+    told = [prompt(people)]
+    torch.testing.assert_close(predict(base, told), predict(bare, told), atol=1e-5, rtol=0)
+    assert not torch.allclose(predict(started, told), predict(bare, told), atol=1e-3)
+
+
 def test_a_weak_version_is_refused_when_a_study_is_read(make):
     with pytest.raises(ValueError, match=r"guidance\.weak is checkpoint with PhotoMaker"):
         make(weak_fraction=0.5).check_guidance(AutoGuidance())
