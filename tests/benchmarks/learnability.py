@@ -17,9 +17,11 @@ import platform
 import random
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,6 +49,12 @@ RATES = {"zog": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "nuvo": (3e-4, 1e-3, 3e-3,
 RANKS = {"zog": (2, 8, 16), "nuvo": (4, 16)}
 STEPS = {"zog": (100, 300), "nuvo": (200, 600)}
 SEEDS = (0, 1)
+_CLIP = {"model": WEIGHTS / "clip"}
+METRICS: dict[str, dict[str, Any]] = {
+    "clip_t": {"kind": "clip_text", **_CLIP},
+    "clip_i": {"kind": "clip_image", **_CLIP},
+    "aesthetic": {"kind": "aesthetic", **_CLIP, "head": WEIGHTS / "aesthetic.safetensors"},
+}
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,10 @@ def wanted_scenes(concept: str) -> dict[str, Scene]:
     return {caption(scene): scene for scene in scenes}
 
 
-def trial(concept: str, point: Point, run: RunDir, cache: Path) -> list[Record]:
-    """Train at `point` and score the panel; leaves samples and records in `run`."""
+def trial(
+    concept: str, point: Point, run: RunDir, cache: Path, judged: Mapping[str, Any] = MappingProxyType({})
+) -> list[Record]:
+    """Train at `point` and score the panel; leaves samples and records in `run`. `judged` changes what is scored."""
     scenes = wanted_scenes(concept)
     config = SdxlLoraConfig.model_validate(
         {
@@ -83,8 +93,7 @@ def trial(concept: str, point: Point, run: RunDir, cache: Path) -> list[Record]:
             "checkpoint_every": point.steps,
         }
     )
-    clip = {"model": WEIGHTS / "clip"}
-    judged = EvaluateConfig.model_validate(
+    panel = EvaluateConfig.model_validate(
         {
             "prompts": list(scenes),
             "seeds": SEEDS,
@@ -92,17 +101,14 @@ def trial(concept: str, point: Point, run: RunDir, cache: Path) -> list[Record]:
             "steps": 20,
             "guidance": {"kind": "cfg", "scale": 3.0},
             "batch_size": 16,
-            "metrics": {
-                "clip_t": {"kind": "clip_text", **clip},
-                "clip_i": {"kind": "clip_image", **clip},
-                "aesthetic": {"kind": "aesthetic", **clip, "head": WEIGHTS / "aesthetic.safetensors"},
-            },
+            "metrics": METRICS,
+            **judged,
         }
     )
     accelerator = build_accelerator(config)
     method = train(config, run, 0, cache, accelerator).method
-    scorers = open_scorers(judged, method.held_out, method.backbone.device, cache)
-    evaluate(method.backbone, judged, scorers, run)
+    scorers = open_scorers(panel, method.held_out, method.backbone.device, cache)
+    evaluate(method.backbone, panel, scorers, run)
     return read_records(run.records)
 
 
