@@ -2,6 +2,7 @@
 # make test   install, check style, types and layers, run every test
 # make crash  a hundred random schedules of kill -9, full disks and wrong clocks; writes tests/benchmarks/results/crash.md.
 #             Interrupted, it goes on where it was; remove .crash.jsonl to begin anew
+# make soak   three hundred trials by one controller: memory, files, processes; writes tests/benchmarks/results/soak.md
 #
 # All need Python 3.11 or newer, and nothing else. Repeating one installs again only what pyproject.toml or
 # constraints.txt changed.
@@ -15,7 +16,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: demo test check crash clean
+.PHONY: demo test check crash soak clean
 
 demo: .venv/installed
 	$(BIN)/python -m orchestrator run $(STUDY)
@@ -46,6 +47,9 @@ check: .venv/installed-dev
 
 crash: .venv/installed-dev
 	$(QUIET_THREADS) $(BIN)/python -m tests.integration.crash --seeds 0 100 --reports .crash.jsonl --table tests/benchmarks/results/crash.md
+
+soak: .venv/installed-dev
+	$(QUIET_THREADS) $(BIN)/python -m tests.benchmarks.soak --trials 300
 
 clean:
 	rm -rf .venv .crash.jsonl .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis *.egg-info

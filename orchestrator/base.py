@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from orchestrator.ending import Leaving
 from orchestrator.launcher import Job, JobId, JobState
 from trainers.errors import LaunchError
 from trainers.rundir import RunDir, RunError, RunResult, Score, freeze, write_atomically
@@ -27,6 +28,10 @@ class Base:
     _job_id: JobId | None = field(default=None, init=False)
     _submitted: float = field(default=0.0, init=False)
     _num_lost: int = field(default=0, init=False)
+    _leaving: Leaving = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._leaving = Leaving(self.spec.launcher)
 
     @property
     def run(self) -> RunDir:
@@ -40,6 +45,15 @@ class Base:
         if not self.run.result.exists():
             return None
         return RunResult.model_validate_json(self.run.result.read_text(encoding="utf-8")).scores
+
+    def is_done(self) -> bool:
+        """Whether trials can start: what they need was measured, and the job's place is free. Raises LaunchError."""
+        if self.scores() is None:
+            return False
+        if self._job_id is not None and not self._leaving.is_gone(self._job_id, self.spec.launcher.poll(self._job_id)):
+            return False
+        self._job_id = None
+        return True
 
     def advance(self) -> None:
         """Start the job, or look after it. Raises LaunchError if it failed, or was lost too often."""

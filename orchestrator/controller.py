@@ -15,7 +15,7 @@ from orchestrator.base import Base
 from orchestrator.beginning import Beginning, remember_beginning, take_results
 from orchestrator.budget import Meter, reached
 from orchestrator.drawing import DrawingSampler
-from orchestrator.ending import end_jobs, undisturbed
+from orchestrator.ending import Leaving, end_jobs, undisturbed
 from orchestrator.failures import StudyStoppedError, check_hope, note_failure
 from orchestrator.launcher import Job, JobId, JobState
 from orchestrator.panels import PROMPT_VALUES, prompt_values, say_notes
@@ -37,8 +37,6 @@ WORKER = "orchestrator.worker"
 _COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 _LEARNABLE = {"oom", "nan"}
 """Failures that depend on the parameters: the sampler is told, and they count."""
-_LINGER_SECONDS = 60.0
-"""In which a job that has written its scores must end."""
 
 
 @dataclass
@@ -59,10 +57,10 @@ class Controller:
     _meter: Meter = field(init=False)
     _quota: Quota = field(init=False)
     _over: str | None = field(default=None, init=False)
-    _scored: dict[int, float] = field(default_factory=dict[int, float], init=False)
-    """When the scores of a trial were first seen while its job still ran."""
+    _leaving: Leaving = field(init=False)
 
     def __post_init__(self) -> None:
+        self._leaving = Leaving(self.spec.launcher)
         self._meter = Meter(self.spec.root)
         self._quota = Quota(self.spec.limits)
         self._base = Base(self.spec, WORKER)
@@ -101,7 +99,7 @@ class Controller:
     def step(self) -> bool:
         """Move every running trial forward and start new ones; True when there is nothing left."""
         self._meter.tick(self._num_devices())
-        if self._base.scores() is None:
+        if not self._base.is_done():
             self._base.advance()
             return False
         running = self._trials(TrialState.RUNNING)
@@ -122,8 +120,7 @@ class Controller:
 
     def stop(self) -> None:
         """End all jobs; running trials go on from their checkpoints when the study is run again."""
-        if self._base.scores() is None:
-            self._base.stop()
+        self._base.stop()
         live = [(frozen, job) for frozen in self._trials(TrialState.RUNNING) if (job := self._live_job(frozen))]
         end_jobs(self.spec.launcher, [job for _, job in live])
         for frozen, _ in live:
@@ -229,29 +226,26 @@ class Controller:
         self._reports.read(trial, run)
         state = self.spec.launcher.poll(job_id) if job_id else JobState.ENDED  # first: what it wrote is then complete
         if run.result.exists():
-            self._finish(trial, run, job_id, state)
+            if self._leaving.is_gone(job_id, state):
+                self._score(trial, run)
         elif run.error.exists():
             if state is not JobState.ENDED:
                 self.spec.launcher.cancel(job_id)  # other ranks may wait for the one that failed
             self._fail(trial, _read_error(run))
         elif not job_id:
             self._submit(trial, job)
-        elif state is JobState.ENDED:
-            self._lose(trial, job, job_id, "the job ended without a result")
-        elif self._is_late(frozen, state):
-            self.spec.launcher.cancel(job_id)
-            self._lose(trial, job, job_id, f"the job took longer than {self.spec.launcher.timeout_minutes} minutes")
+        elif why := self._why_lost(frozen, job_id, state):
+            self._lose(trial, job, job_id, why)
         elif self._reports.prune(frozen.number):
             self._prune(trial, job_id)
 
-    def _finish(self, trial: Trial, run: RunDir, job_id: JobId, state: JobState) -> None:
-        """Take the scores once the job is gone: its place is free when its processes are."""
-        if state is not JobState.ENDED:
-            if time.monotonic() - self._scored.setdefault(trial.number, time.monotonic()) < _LINGER_SECONDS:
-                return
-            log.warning("trial %d: its job did not end by itself, and is ended", trial.number)
-            self.spec.launcher.cancel(job_id)
-        self._score(trial, run)
+    def _why_lost(self, frozen: FrozenTrial, job_id: JobId, state: JobState) -> str | None:
+        if state is JobState.ENDED:
+            return "the job ended without a result"
+        if not self._is_late(frozen, state):
+            return None
+        self.spec.launcher.cancel(job_id)
+        return f"the job took longer than {self.spec.launcher.timeout_minutes} minutes"
 
     def _is_late(self, frozen: FrozenTrial, state: JobState) -> bool:
         """Whether the job has worked for too long; a cluster's queue does not count."""

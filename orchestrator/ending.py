@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from orchestrator.launcher import Job, JobState
@@ -22,8 +23,28 @@ log = logging.getLogger(__name__)
 
 _AT_ONCE = 16
 """Jobs that are ended at the same time; each may take seconds."""
+_LINGER_SECONDS = 60.0
+"""In which a job that has written its answer must end."""
 _OTHERS = ("confirm", "replays")
 """Folders in a study's folder with a run directory for each job that is no trial's."""
+
+
+@dataclass
+class Leaving:
+    """Jobs that have answered: the place of each is free when its processes are gone, and not before."""
+
+    launcher: Launcher
+    _since: dict[JobId, float] = field(default_factory=dict["JobId", float], init=False)
+
+    def is_gone(self, job_id: JobId, state: JobState) -> bool:
+        """Whether it has ended, or had to be ended because it would not. Raises LaunchError."""
+        if state is not JobState.ENDED:
+            if time.monotonic() - self._since.setdefault(job_id, time.monotonic()) < _LINGER_SECONDS:
+                return False
+            log.warning("job %s has answered and did not end by itself; it is ended", job_id)
+            self.launcher.cancel(job_id)
+        self._since.pop(job_id, None)
+        return True
 
 
 @contextmanager

@@ -17,6 +17,9 @@ from tests.orchestrator.studies import score
 from trainers.errors import ConfigError
 from trainers.rundir import RunDir, thaw
 
+NEEDS_BASE = "objective={kind: constrained, maximise: {clip_i: 1}, subject_to: {clip_t: {below_base: 0.5}}}"
+"""The untrained model's job comes first."""
+
 
 def test_a_study_ends_with_exactly_its_number_of_scored_trials(cluster: Cluster, tmp_path: Path):
     study, _ = drive(spec_of(tmp_path))
@@ -160,7 +163,10 @@ def test_an_interrupt_before_a_jobs_id_is_noted_ends_that_job_too(cluster: Clust
     assert cluster.cancelled == ["0"]
 
 
-def test_a_place_is_free_when_the_job_is_gone_and_not_when_it_has_its_scores(cluster: Cluster, tmp_path: Path):
+@pytest.mark.parametrize("sets", [[], [NEEDS_BASE]])
+def test_a_place_is_free_when_the_job_is_gone_and_not_when_it_has_its_scores(
+    cluster: Cluster, tmp_path: Path, sets: list[str]
+):
     class Alone(dict[JobId, dict[str, Any]]):
         def __setitem__(self, job_id: JobId, job: dict[str, Any]) -> None:
             assert all(other["state"] is JobState.ENDED for other in self.values())
@@ -175,7 +181,7 @@ def test_a_place_is_free_when_the_job_is_gone_and_not_when_it_has_its_scores(clu
                 job["state"] = JobState.ENDED
 
     cluster.jobs, cluster.progress = Alone(), progress
-    study, _ = drive(spec_of(tmp_path, "limits.trials=3"))
+    study, _ = drive(spec_of(tmp_path, "limits.trials=3", *sets))
     assert states(study) == ["COMPLETE"] * 3
     assert not cluster.cancelled
 
@@ -183,7 +189,7 @@ def test_a_place_is_free_when_the_job_is_gone_and_not_when_it_has_its_scores(clu
 def test_a_job_that_has_its_scores_and_does_not_end_is_ended(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("orchestrator.controller._LINGER_SECONDS", 0.01)
+    monkeypatch.setattr("orchestrator.ending._LINGER_SECONDS", 0.01)
     cluster.progress = lambda: score(list(cluster.jobs.values())[-1]["run"])
     study, _ = drive(spec_of(tmp_path, "limits.trials=2"))
     assert states(study) == ["COMPLETE"] * 2
