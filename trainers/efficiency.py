@@ -66,6 +66,19 @@ def attention_by(kernel: AttentionKernel) -> Generator[None]:
         yield
 
 
+def check_precision(precision: str, accelerator: Accelerator) -> None:
+    """Make sure that gradients of float16, most of which would vanish, are scaled.
+
+    Raises:
+        ConfigError: Nothing scales them.
+    """
+    if precision == "fp16" and accelerator.scaler is None:
+        raise ConfigError(
+            "train.precision is fp16, whose gradients are scaled on accelerators alone, and this is a "
+            f"{accelerator.device.type}; set it to bf16 or fp32"
+        )
+
+
 def check_attention(method: Method, kernel: AttentionKernel, accelerator: Accelerator) -> None:
     """Try `kernel` on one example: whether it serves depends on device, precision, masks and widths.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trainers.batch import Batch, Stream, example_rng
 from trainers.checkpoint import load_checkpoint, save_checkpoint
-from trainers.efficiency import attention_by, check_attention, checkpoint_activations, compile_blocks
+from trainers.efficiency import attention_by, check_attention, check_precision, checkpoint_activations, compile_blocks
 from trainers.errors import CheckpointError, ConfigError, NonFiniteError, StoppedError
 from trainers.method import Method, MethodConfig
 from trainers.notice import Notice
@@ -82,6 +82,7 @@ def fit(
 
 def _prepare(method: Method, config: MethodConfig, accelerator: Accelerator) -> None:
     """Find out whether the options suit the model, and set it up for them."""
+    check_precision(config.precision, accelerator)
     if config.validation:
         check_held_out(method)
     if config.gradient_checkpointing:
@@ -232,7 +233,9 @@ class _Training:
         self.clock += time.monotonic() - clock
 
     def _validate(self, step: int, validation: ValidationConfig) -> None:
-        loss = validate(self.method, validation, len(self.micro_batches[0]), self.accelerator)
+        # Cut alike by every process, whatever its own share of a training batch is.
+        rows = len(split_batch(self.config, 0, self.accelerator.num_processes)[0])
+        loss = validate(self.method, validation, rows, self.accelerator)
         if self.accelerator.is_main_process:
             log.info("step %d/%d: validation loss %.4f", step, self.config.steps, loss)
             self.run.append("validation", step=step, loss=loss)
@@ -247,9 +250,8 @@ class _Training:
 
     def finish(self) -> None:
         """Leave the weights that are to be judged in place of those that were trained."""
-        averages = self._averages()
         with torch.no_grad():
-            for parameter, average in zip(self.parameters.values(), averages, strict=True):
+            for parameter, average in zip(self.parameters.values(), self._averages(), strict=True):
                 parameter.copy_(average)
 
     def _averages(self) -> list[Tensor]:

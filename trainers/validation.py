@@ -74,7 +74,7 @@ def validate(method: Method, config: ValidationConfig, size: int, accelerator: A
     Args:
         method: With its networks in evaluation mode.
         config: How many noise levels.
-        size: Examples per forward pass.
+        size: Examples per forward pass, the same in all processes.
         accelerator: This process's device, precision and peers.
     """
     import torch

@@ -1,11 +1,12 @@
 """Memory of training: the peak of each method's study, and whether it grows with the number of steps.
 
-    python -m tests.benchmarks.memory [studies/dreambooth.yaml …] [--steps 500] [--batch-size 2]
+    python -m tests.benchmarks.memory [studies/dreambooth.yaml …] [--steps 500] [--batch-size 2] [--keep FOLDER]
 
 Each study's template is trained by a process of its own, with a study of each method by default. Device memory is
 what torch has allocated on CUDA; on a CPU it is the process's resident memory, interpreter and libraries included.
 Growth is the median of the last fifth of the steps less that of the second fifth: the first fills caches. With
-`--set train.gradient_checkpointing=true` and the like, options can be compared.
+`--set train.gradient_checkpointing=true` and the like, options can be compared. What lies in FOLDER, a file for each
+study, is not measured again.
 
 Results go to tests/benchmarks/results/memory.md.
 """
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], metavar="train.path=value")
+    parser.add_argument("--keep", type=Path)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
@@ -88,10 +90,26 @@ def main() -> None:
     options += [word for value in arguments.set for word in ("--set", value)]
     rows: dict[str, dict[str, float]] = {}
     for study in arguments.studies or [ROOT / "studies" / f"{method}.yaml" for method in METHODS]:
-        command = [sys.executable, "-m", "tests.benchmarks.memory", str(study), "--inside", *options]
-        answer = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        rows[study.stem] = json.loads(answer.stdout.splitlines()[-1])
+        rows[study.stem] = row_of(study, options, arguments.keep)
         print(study.stem, rows[study.stem], flush=True)
+    write_table(rows, options)
+
+
+def row_of(study: Path, options: list[str], keep: Path | None) -> dict[str, float]:
+    """A study's numbers, from a process of its own, or from where they are kept."""
+    kept = keep / f"{study.stem}.json" if keep else None
+    if kept and kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    command = [sys.executable, "-m", "tests.benchmarks.memory", str(study), "--inside", *options]
+    answer = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(answer + "\n", encoding="utf-8")
+    return json.loads(answer)
+
+
+def write_table(rows: dict[str, dict[str, float]], options: list[str]) -> None:
+    """The committed page."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     lines = [
         "# Memory of training",

@@ -80,6 +80,27 @@ def v_prediction_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_sdxl(tmp_path_factory.mktemp("models") / "sdxl_v", prediction_type="v_prediction")
 
 
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.trainers.models import build_sd
+
+    return build_sd(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="session")
+def sd_v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.trainers.models import build_sd
+
+    return build_sd(tmp_path_factory.mktemp("models") / "sd_v", prediction_type="v_prediction", seed=1)
+
+
+@pytest.fixture(scope="session")
+def refiner_folder(tmp_path_factory: pytest.TempPathFactory, sdxl_folder: Path) -> Path:
+    from tests.trainers.models import build_refiner
+
+    return build_refiner(tmp_path_factory.mktemp("models") / "refiner", sdxl_folder)
+
+
 def draw(number: int, size: tuple[int, int] = (80, 64)) -> Image.Image:
     """A picture that differs for every number; `size` is (width, height)."""
     image = Image.new("RGB", size, (40 * number % 256, 90, 200 - 30 * number % 200))

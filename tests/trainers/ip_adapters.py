@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import trainers.methods  # noqa: F401, registers the kinds
@@ -49,23 +49,6 @@ def build_config(folder: Path, pairs: Path, /, **changes: Any) -> Any:
         "log_every": 2,
     }
     return MethodConfig.model_validate({k: value for k, value in (tree | changes).items() if value is not None})
-
-
-def build_sd(folder: Path, sdxl_folder: Path) -> Path:
-    """A random Stable Diffusion model around the first text encoder and the autoencoder of the tiny SDXL."""
-    torch.manual_seed(0)
-    xl = stock(sdxl_folder)
-    unet = UNet2DConditionModel(
-        block_out_channels=(16, 32), layers_per_block=1, sample_size=8, norm_num_groups=8, in_channels=12,
-        out_channels=12, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=(2, 4),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16,
-    )  # fmt: skip
-    pipeline: Any = StableDiffusionPipeline(
-        vae=xl.vae, unet=unet, scheduler=xl.scheduler, tokenizer=xl.tokenizer, text_encoder=xl.text_encoder,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # type: ignore[arg-type]  # fmt: skip
-    pipeline.save_pretrained(folder)
-    return folder
 
 
 def build_vision(folder: Path) -> Path:

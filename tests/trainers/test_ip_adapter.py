@@ -15,7 +15,6 @@ from tests.trainers.ip_adapters import (
     LABELS,
     T,
     build_config,
-    build_sd,
     build_vision,
     noise,
     predict,
@@ -40,11 +39,6 @@ def pairs(tmp_path):
 @pytest.fixture
 def make(sdxl_folder, pairs):
     return partial(build_config, sdxl_folder, pairs)
-
-
-@pytest.fixture(scope="session")
-def sd_folder(tmp_path_factory, sdxl_folder):
-    return build_sd(tmp_path_factory.mktemp("models") / "sd", sdxl_folder)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import torch
 import transformers
 from diffusers import UNet2DConditionModel
 
-from tests.trainers.models import build_refiner, build_sd
 from trainers import tuning
 from trainers.adapters.lora import LORA_FILE
 from trainers.batch import Geometry
@@ -22,16 +21,6 @@ WAYS = {
     "unet and adapters": {"lora": None, "text_encoder_lora": TEXT},
     "everything": {"lora": None, "train_text_encoders": True},
 }
-
-
-@pytest.fixture(scope="session")
-def sd_folder(tmp_path_factory):
-    return build_sd(tmp_path_factory.mktemp("models") / "sd")
-
-
-@pytest.fixture(scope="session")
-def refiner_folder(sdxl_folder, tmp_path_factory):
-    return build_refiner(tmp_path_factory.mktemp("models") / "refiner", sdxl_folder)
 
 
 @pytest.fixture

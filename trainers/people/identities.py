@@ -101,6 +101,7 @@ def _look(
                 f"{data.embeddings}: no embedding of {example.path}; expected it under the photo's path in the index, "
                 "its name or its stem; add it, or set train.faces"
             )
+        model.check_vector(vector, f"{data.embeddings}: the embedding of {example.path}")
         try:
             vector, _ = find_face(model.faces, image, example.path, vector, box)
         except DataError:

@@ -17,7 +17,7 @@ from trainers.backbone import Condition, Moments, TextEmbeddings
 from trainers.batch import Geometry
 from trainers.branching import mode_at
 from trainers.data.transforms import open_picture
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, DataError, ModelError
 from trainers.framing import Framing
 from trainers.people.face_vectors import find_face, read_embedding
 from trainers.people.words import Reader, Words
@@ -77,7 +77,17 @@ class PhotoMaker(Wrapped["Sdxl"]):
         options: Options,
         faces: FaceEmbedder | None,
     ) -> None:
+        """A model that nothing has been told yet.
+
+        Raises:
+            ModelError: The face embedder describes faces by other vectors than the encoder was trained on.
+        """
         super().__init__(backbone)
+        if faces is not None and faces.size != encoder.sizes.face:
+            raise ModelError(
+                f"train.faces makes embeddings of {faces.size} numbers, and train.photomaker expects "
+                f"{encoder.sizes.face}; they are not made for one another"
+            )
         self.encoder, self.branches, self.options = encoder, branches, options
         self.reader = Reader(backbone, options.trigger, encoder.sizes.tokens)
         self.faces = faces
@@ -120,6 +130,7 @@ class PhotoMaker(Wrapped["Sdxl"]):
         assert prompt.image is not None
         image = open_picture(prompt.image)
         vector = read_embedding(prompt.embedding, prompt.image) if prompt.embedding else None
+        self.check_vector(vector, f"{prompt.embedding}: the embedding of {prompt.image.name}")
         vector, box = find_face(self.faces, image, prompt.image, vector, prompt.image_box)
         tokens = [self.identify(image, box, vector)]
         for path in prompt.more_images or ():
@@ -140,6 +151,12 @@ class PhotoMaker(Wrapped["Sdxl"]):
         masks = [box_mask(box, size, grid)[None].to(self.device) for box in (prompt.box, reference_box)]
         told = self.reader.read(prompt.text, 1 + len(prompt.more_images or ()))
         return self.tell(told, People(tokens, latents, noise, *masks), [Geometry.whole(*size)])
+
+    def check_vector(self, vector: Float[Tensor, " n"] | None, where: str) -> None:
+        """Raise DataError if a face's vector is not of the length that the identity encoder was trained on."""
+        expected = self.encoder.sizes.face
+        if vector is not None and len(vector) != expected:
+            raise DataError(f"{where} has {len(vector)} numbers; expected {expected} (train.photomaker's)")
 
     def identify(self, image: Image.Image, box: Box, vector: Float[Tensor, " n"]) -> Float[Tensor, "1 k width"]:
         """The tokens of one photo."""

@@ -31,8 +31,8 @@ def sample(number, **changes):
     return f"{number:03}", {suffix: content for suffix, content in members.items() if content is not None}
 
 
-@pytest.fixture
-def shards(tmp_path):
+@pytest.fixture(name="shards")
+def shards_fixture(tmp_path):
     """Folder of two training shards with three and two samples, and one of validation with two."""
     folder = tmp_path / "shards"
     folder.mkdir()

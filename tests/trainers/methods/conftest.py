@@ -1,10 +1,17 @@
-"""A subject with masks, and trials of PDMBooth on it."""
+"""What the methods' contract asks for, and trials of PDMBooth on a subject with masks."""
 
 import pytest
 from PIL import Image, ImageDraw
 
 from tests.trainers.conftest import build_pictures
 from tests.trainers.subjects import SIZE
+from trainers.prompt import Prompt
+
+
+@pytest.fixture
+def prompts():
+    """What pictures are asked for."""
+    return [Prompt(text="a zog"), None]
 
 
 @pytest.fixture

@@ -65,6 +65,13 @@ class TestEveryWeight(MethodContract):
         ]  # fmt: skip
 
 
+class TestStableDiffusionOfVelocity(MethodContract):
+    @pytest.fixture
+    def config(self, make, sd_v_folder):
+        backbone = {"kind": "sd", "path": str(sd_v_folder), "zero_terminal_snr": True}
+        return make(backbone=backbone, text_encoder_lora={"rank": 2}, prior=PRIOR)
+
+
 class TestSana(MethodContract):
     @pytest.fixture
     def config(self, make, sana_folder):

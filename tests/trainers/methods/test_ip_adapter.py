@@ -9,12 +9,12 @@ from tests.trainers.ip_adapters import (
     EMBED,
     LABEL,
     build_config,
-    build_sd,
     build_vision,
     dropout,
     shake,
     write_pairs,
 )
+from tests.trainers.ip_adapters import prompts as heard
 from trainers.adapters.attention import TOKENS
 from trainers.batch import Batch
 from trainers.errors import ConfigError, DataError
@@ -36,13 +36,13 @@ def make(sdxl_folder, pairs):
 
 
 @pytest.fixture(scope="session")
-def sd_folder(tmp_path_factory, sdxl_folder):
-    return build_sd(tmp_path_factory.mktemp("models") / "sd", sdxl_folder)
-
-
-@pytest.fixture(scope="session")
 def vision_folder(tmp_path_factory):
     return build_vision(tmp_path_factory.mktemp("models") / "image_encoder")
+
+
+@pytest.fixture
+def prompts(pairs):
+    return [*heard(pairs), None]
 
 
 class TestBothStreams(MethodContract):
@@ -76,6 +76,10 @@ class TestSd(MethodContract):
     @pytest.fixture
     def config(self, make, sd_folder):
         return make(backbone={"kind": "sd", "path": str(sd_folder)}, embed_to_token=None)
+
+    @pytest.fixture
+    def prompts(self, pairs):
+        return [Prompt(text=prompt.text, label=prompt.label) for prompt in heard(pairs)]
 
 
 FLAGS = {

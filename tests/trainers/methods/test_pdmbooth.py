@@ -50,6 +50,12 @@ class TestEveryWeightAndInvertedTargets(MethodContract):
         assert [file.parent.name for file in tmp_path.rglob("*.safetensors")] == ["unet"]
 
 
+class TestStableDiffusion(MethodContract):
+    @pytest.fixture
+    def config(self, make_pdmbooth, sd_folder):
+        return make_pdmbooth(backbone={"kind": "sd", "path": str(sd_folder)}, **combination("instance", "pdm"))
+
+
 class TestMatchingAlone(MethodContract):
     @pytest.fixture
     def config(self, make_pdmbooth, folder):

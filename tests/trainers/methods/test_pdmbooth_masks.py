@@ -1,15 +1,10 @@
-"""PDMBooth: masks, what is refused, precision and processes."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""PDMBooth: masks, what is refused, and precision."""
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from tests.contracts.method import load_state, weights
+from tests.contracts.method import weights
 from tests.trainers.subjects import INVERTED, PRIOR, SECTIONS, SIZE, batch_of, combination, masks_in
 from trainers.batch import Batch
 from trainers.data.transforms import open_picture
@@ -100,35 +95,6 @@ def test_frozen_weights_may_be_bfloat16(make_pdmbooth, tmp_path):
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert all(not torch.equal(value, before[name]) for name, value in weights(method).items())
-
-
-_JOB = """
-import sys
-from pathlib import Path
-import trainers.methods
-from trainers.method import MethodConfig
-from trainers.rundir import RunDir
-from trainers.train import build_accelerator, train
-config = MethodConfig.model_validate_json(Path(sys.argv[1]).read_text())
-train(config, RunDir(Path(sys.argv[2])), 0, Path(sys.argv[3]), build_accelerator(config))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_with_different_losses_train_what_one_does(make_pdmbooth, tmp_path):
-    """With two rows, one process has the subject's row alone and the other the row of matching."""
-    config = make_pdmbooth(pdm={"prompt": "a star"}, batch_size=2)
-    (tmp_path / "job.py").write_text(_JOB)
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    runs = [RunDir(tmp_path / f"run{processes}") for processes in (1, 2)]
-    for processes, run in enumerate(runs, 1):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        job = [*launcher, tmp_path / "job.py", tmp_path / "config.json", run.path, tmp_path / "cache"]
-        environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run([sys.executable, *map(str, job)], env=environment, check=True, timeout=500)
-    one, two = (load_state(run)["parameters"] for run in runs)
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

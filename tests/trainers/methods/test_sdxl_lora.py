@@ -6,6 +6,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 
 from tests.contracts.method import MethodContract, weights
+from tests.trainers.data.conftest import cache_folder, shards_fixture  # noqa: F401, fixtures
 from trainers.batch import Batch, Geometry
 from trainers.errors import DataError, ModelError
 from trainers.loop import fit
@@ -34,6 +35,25 @@ class TestWithAdapterDropout(MethodContract):
 
     def test_micro_batches_do_not_change_the_mathematics(self):
         pytest.skip("masks of dropout layers depend on how a batch is divided, as documented")
+
+
+class TestRefiner(MethodContract):
+    """On shards, whose scores it is told, at the timesteps that are its own."""
+
+    @pytest.fixture
+    def config(self, make_config, sdxl_folder, refiner_folder, shards):
+        data = {"kind": "shards", "train": f"{shards}/train-{{00000..00001}}.tar", "resolution": 64}
+        return make_config(
+            backbone={"kind": "sdxl", "path": str(sdxl_folder), "denoiser": str(refiner_folder)},
+            data={**data, "validation": f"{shards}/val-00000.tar", "aesthetic": {"maximum": 100}},
+            text_encoder_lora=TEXT,
+            loss={"timesteps": [0, 199]},
+        )
+
+    def test_it_is_told_five_numbers_of_each_picture(self, method):
+        """Of 80 x 64 pixels, cut in the middle, with 10 points of 100 more than the one before."""
+        told = method.condition(Batch(0, (0, 1, 2), (4, 0, 2))).sizes
+        assert told.tolist() == [[64, 80, 0, 8, 4], [64, 80, 0, 8, 0], [64, 80, 0, 8, 2]]
 
 
 def shake(method):
@@ -89,22 +109,6 @@ def test_the_adapter_loads_in_the_stock_pipeline(make_config, accelerator, tmp_p
     with torch.no_grad(), backbone.adapter_scale(0.0):
         condition = backbone.condition(backbone.encode_prompts(["a", "b"]), [Geometry.whole(64, 64)] * 2)
         torch.testing.assert_close(backbone.denoise(x_t, torch.tensor([7, 700]), condition), base, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("text", [None, TEXT])
-def test_a_saved_adapter_loads_into_a_fresh_backbone_frozen(make_config, accelerator, tmp_path, text):
-    method = make_config(lora={"rank": 4, "alpha": 1.5}, text_encoder_lora=text).build(0, None, accelerator)
-    shake(method)
-    method.export(tmp_path / "adapter")
-    fresh = method.config.load_trained(tmp_path / "adapter", accelerator)
-    x_t, _ = inputs(fresh)
-    answers = []
-    for backbone in (method.backbone, fresh):
-        with torch.no_grad():
-            condition = backbone.condition(backbone.encode_prompts(["a", "b"]), [Geometry.whole(64, 64)] * 2)
-            answers.append(backbone.denoise(x_t, torch.tensor([7, 700]), condition))
-    torch.testing.assert_close(*answers, atol=1e-6, rtol=0)
-    assert not any(p.requires_grad for network in (fresh.denoiser, *fresh.text_encoders) for p in network.parameters())
 
 
 def test_a_folder_without_an_adapter_is_an_error(make_config, accelerator, tmp_path):

@@ -22,6 +22,7 @@ from tests.trainers.photomakers import (  # noqa: F401, fixtures among them
 )
 from trainers.adapters.photomaker import Checkpoint, IdEncoder, write_checkpoint
 from trainers.errors import ConfigError, DataError, ModelError
+from trainers.faces.miniature import build_network, save_network
 
 
 class TestPrompts:
@@ -37,6 +38,13 @@ class TestPrompts:
         assert torch.equal(predict(model, [told]), given)
         with pytest.raises(ConfigError, match=r"train\.faces"):
             predict(model, [prompt(people)])
+
+    def test_an_embedding_of_another_length_is_named(self, method, people, tmp_path):
+        import numpy as np
+
+        np.save(tmp_path / "one.npy", tensor(512).numpy())
+        with pytest.raises(DataError, match=r"one\.npy: the embedding of 1\.png has 512 numbers; expected 6"):
+            method.model.prepare([prompt(people, embedding=tmp_path / "one.npy")], 64, 64)
 
     def test_without_a_box_the_face_is_looked_for(self, method, people):
         shake(method)
@@ -116,6 +124,13 @@ class TestChecks:
         write_checkpoint(tmp_path / "p.safetensors", Checkpoint(IdEncoder(replace(SIZES, width=32)).state_dict(), {}))
         with pytest.raises(ModelError, match="32 numbers"):
             make(photomaker=str(tmp_path / "p.safetensors")).build(0, None, accelerator)
+
+    def test_a_face_embedder_of_another_length_is_an_error(self, make, accelerator, tmp_path):
+        torch.manual_seed(1)
+        save_network(tmp_path / "other", build_network((4, 8), side=16, size=7))
+        faces = {"kind": "miniature", "path": str(tmp_path / "other")}
+        with pytest.raises(ModelError, match=r"embeddings of 7 numbers, and train\.photomaker expects 6"):
+            make(faces=faces).build(0, None, accelerator)
 
     @pytest.mark.parametrize(
         "changes", [{"lora": None}, {"text_encoder_lora": {"rank": 2}}, {"train_text_encoders": True}]

@@ -217,6 +217,15 @@ class TestFrozenWork:
         expected = method.model.identify(image, tuple(FACE), vectors["berta/0.png"])
         torch.testing.assert_close(method._identities.seen["tokens"][rows[0]], expected[0])
 
+    def test_an_embedding_of_another_length_is_named(self, make, accelerator, people, tmp_path):
+        from safetensors.torch import save_file
+
+        file = tmp_path / "some.safetensors"
+        save_file({f"{who}/{i}.png": tensor(6 + (who == "berta")) for who in ("anna", "berta") for i in range(3)}, file)
+        data = {"kind": "identity", "path": str(people), "resolution": 64, "embeddings": str(file)}
+        with pytest.raises(DataError, match=r"some\.safetensors: .*berta/0\.png has 7 numbers; expected 6"):
+            make(data=data).build(0, None, accelerator)
+
     def test_a_photo_without_an_embedding_is_named(self, make, accelerator, people, tmp_path):
         from safetensors.torch import save_file
 
