@@ -134,6 +134,7 @@ class PhotoMakerConfig(TunedConfig):
     @override
     def load_trained(self, folder: Path | None, accelerator: Accelerator) -> Model:
         model = self.load_photomaker(self.draw_on or self.backbone, 0, accelerator)
+        model.branches.requires_grad_(requires_grad=False)
         if folder is None:
             model.branches.close()  # what training starts from is PhotoMaker as published, wherever gates begin
             return model
