@@ -160,7 +160,7 @@ def _start_seconds() -> dict[str, float]:
 
 def _finish(run: RunDir, scores: dict[str, Score], seconds: dict[str, float], accelerator: Accelerator) -> None:
     """Write the result, on the first rank."""
-    from trainers.loop import peak_bytes
+    from trainers.memory import peak_bytes
 
     if accelerator.is_main_process:
         result = RunResult(
@@ -278,11 +278,11 @@ def _reason(error: Exception) -> Reason | None:
 
 
 def _peak_bytes() -> int | None:
-    if "trainers.loop" not in sys.modules:
+    if "torch" not in sys.modules:
         return None
     import torch
 
-    from trainers.loop import peak_bytes
+    from trainers.memory import peak_bytes
 
     return peak_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 

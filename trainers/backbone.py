@@ -225,6 +225,15 @@ class Backbone(Model):
     def untrained(self, name: str) -> nn.Module:
         """One of `networks` once more, on the CPU and as it was before it was trained."""
 
+    def rest(self, busy: Sequence[nn.Module]) -> None:
+        """Let the autoencoder and text encoders wait in host memory, except those that are `busy`.
+
+        They come back to their devices when something is to be encoded or decoded.
+        """
+        for network in (self.vae, *self.text_encoders):
+            if all(network is not one for one in busy):
+                network.to("cpu")
+
     @abstractmethod
     def encode_image(self, pixels: Float[Tensor, "1 3 h w"]) -> Moments:
         """Moments of ONE picture in [-1, 1], so that they never depend on a batch; float32, on `device`."""

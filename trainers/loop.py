@@ -15,6 +15,7 @@ from trainers.batch import Batch, Stream, example_rng
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.efficiency import attention_by, check_attention, check_precision, checkpoint_activations, compile_blocks
 from trainers.errors import CheckpointError, ConfigError, NonFiniteError, StoppedError
+from trainers.memory import make_room, peak_bytes
 from trainers.method import Method, MethodConfig
 from trainers.notice import Notice
 from trainers.optim import OptimizerConfig
@@ -90,6 +91,7 @@ def _prepare(method: Method, config: MethodConfig, accelerator: Accelerator) -> 
     if config.compile_blocks:
         compile_blocks(method.backbone.denoiser)
     check_attention(method, config.attention, accelerator)
+    make_room(method)
 
 
 def split_batch(config: MethodConfig, rank: int, world: int) -> list[range]:
@@ -230,6 +232,7 @@ class _Training:
                 self.method.export(self.run.adapter / "weak")
             if snapshots and self.accelerator.is_main_process:
                 snapshots.write(self.method.export, self.run.snapshots, step)
+        make_room(self.method)
         self.clock += time.monotonic() - clock
 
     def _validate(self, step: int, validation: ValidationConfig) -> None:
@@ -315,18 +318,6 @@ class _Training:
         if self.accelerator.is_main_process:
             log.info("resuming after step %d", state["step"])
         return int(state["step"])
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Largest memory use so far: device memory on CUDA, this process's resident memory elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-    import sys
-
-    # Kibibytes on Linux, bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _build_optimizer(method: Method, config: OptimizerConfig) -> torch.optim.Optimizer:

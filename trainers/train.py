@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainers.loop import Watch, fit, peak_bytes
+from trainers.loop import Watch, fit
+from trainers.memory import peak_bytes
 from trainers.method import Method, MethodConfig
 from trainers.rundir import RunDir
 from trainers.version import Lineage

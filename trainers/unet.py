@@ -124,9 +124,9 @@ class UnetBackbone(Backbone):
         self.config, self.device, self.dtype = config, device, dtype
         text_dtype = getattr(torch, config.text_encoder_dtype) if config.text_encoder_dtype else dtype
         self._text_device = torch.device(config.text_encoder_device or device)
-        vae_dtype, vae_device = getattr(torch, config.vae_dtype), torch.device(config.vae_device or device)
+        vae_dtype, self._vae_device = getattr(torch, config.vae_dtype), torch.device(config.vae_device or device)
         self.denoiser = config.load_network(UNet2DConditionModel, "unet", dtype, device)
-        self.vae = config.load_network(AutoencoderKL, "vae", vae_dtype, vae_device)
+        self.vae = config.load_network(AutoencoderKL, "vae", vae_dtype, self._vae_device)
         self.text_encoders = tuple(
             config.load_network(getattr(transformers, self.text_classes[name]), name, text_dtype, self._text_device)
             for name in config.text_encoder_names
@@ -150,7 +150,7 @@ class UnetBackbone(Backbone):
     def encode_image(self, pixels: Float[Tensor, "1 3 h w"]) -> Moments:
         import torch
 
-        vae = cast("Any", self.vae)
+        vae = cast("Any", self.vae.to(self._vae_device))
         with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
             posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         return Moments(posterior.mean.float().to(self.device), posterior.logvar.float().to(self.device))
@@ -178,7 +178,7 @@ class UnetBackbone(Backbone):
         for tokenizer, encoder in zip(self._tokenizers, self.text_encoders, strict=True):
             length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
             tokens = tokenizer(texts, return_tensors="pt", **length).input_ids.to(self._text_device)
-            outputs.append(encoder(tokens, output_hidden_states=True))
+            outputs.append(encoder.to(self._text_device)(tokens, output_hidden_states=True))
         return outputs
 
     @override
@@ -200,7 +200,7 @@ class UnetBackbone(Backbone):
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
         import torch
 
-        vae = cast("Any", self.vae)
+        vae = cast("Any", self.vae.to(self._vae_device))
         unscaled = (latents.float() / self._factor + self._shift).to(vae.device, vae.dtype)
         with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
             return vae.decode(unscaled, return_dict=False)[0].float()

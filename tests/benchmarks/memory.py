@@ -26,7 +26,8 @@ import psutil
 import torch
 
 from orchestrator.spec import load_study
-from trainers.loop import fit, peak_bytes
+from trainers.loop import fit
+from trainers.memory import peak_bytes
 from trainers.rundir import RunDir
 from trainers.train import build_accelerator
 

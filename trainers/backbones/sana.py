@@ -161,9 +161,9 @@ class Sana(Backbone):
         half = torch.float32 if dtype == torch.float32 else torch.bfloat16
         text_dtype = getattr(torch, config.text_encoder_dtype) if config.text_encoder_dtype else half
         self._text_device = torch.device(config.text_encoder_device or device)
-        vae_dtype, vae_device = getattr(torch, config.vae_dtype), torch.device(config.vae_device or device)
+        vae_dtype, self._vae_device = getattr(torch, config.vae_dtype), torch.device(config.vae_device or device)
         self.denoiser = config.load_network(SanaTransformer2DModel, "transformer", dtype, device)
-        self.vae = config.load_network(AutoencoderDC, "vae", vae_dtype, vae_device)
+        self.vae = config.load_network(AutoencoderDC, "vae", vae_dtype, self._vae_device)
         self._encoder: Any = config.load_network(Gemma2Model, "text_encoder", text_dtype, torch.device("cpu"))
         self._tokenizer = config.load_tokenizer(GemmaTokenizer, "tokenizer", padding_side="right")
         self.text_encoders = (self._encoder,)
@@ -188,7 +188,7 @@ class Sana(Backbone):
     def encode_image(self, pixels: Float[Tensor, "1 3 h w"]) -> Moments:
         import torch
 
-        vae = cast("Any", self.vae)
+        vae = cast("Any", self.vae.to(self._vae_device))
         with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
             mean = vae.encode(pixels.to(vae.device, vae.dtype), return_dict=False)[0].float().to(self.device)
         return Moments(mean, torch.full_like(mean, -torch.inf))
@@ -263,7 +263,7 @@ class Sana(Backbone):
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
         import torch
 
-        vae = cast("Any", self.vae)
+        vae = cast("Any", self.vae.to(self._vae_device))
         with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
             return vae.decode((latents / self._factor).to(vae.device, vae.dtype), return_dict=False)[0].float()
 

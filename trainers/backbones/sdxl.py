@@ -211,6 +211,11 @@ class SdxlAfterBase(Sdxl):
         return base
 
     @override
+    def rest(self, busy: Sequence[nn.Module]) -> None:
+        super().rest(busy)
+        vars(self).pop("base", None)  # which is read again for the next pictures
+
+    @override
     def prepare(
         self, prompts: Sequence[Prompt | None], height: int, width: int, *, negative: str | None = None
     ) -> Condition:
