@@ -12,6 +12,7 @@ from trainers.adapters.lora import LoraConfig
 from trainers.batch import Stream
 from trainers.data.pairs import Pair, PairsConfig, check_pairs
 from trainers.errors import ConfigError
+from trainers.ip_adapter.vision import ImageEncoderConfig
 from trainers.method import Method, MethodConfig, Trained
 from trainers.streams import (
     STREAMS,
@@ -25,7 +26,6 @@ from trainers.streams import (
 )
 from trainers.tuning import TunedConfig, export, load, tune_denoiser, tune_text_encoders
 from trainers.unet import UnetConfig
-from trainers.vision import ImageEncoderConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from trainers.backbone import Backbone, Condition, Model
     from trainers.batch import Batch
     from trainers.frozen import Frozen, Images, Texts
-    from trainers.ip_adapter import IpAdapted, IpAdapter
+    from trainers.ip_adapter.model import IpAdapted, IpAdapter
 
 
 class IpAdapterConfig(TunedConfig):
@@ -147,7 +147,7 @@ class IpAdapterConfig(TunedConfig):
     def build(self, seed: int, cache: Path | None, accelerator: Accelerator) -> Method:
         from trainers.cache import Cache
         from trainers.frozen import Frozen, encode_images, encode_texts
-        from trainers.ip_adapter import IpAdapter
+        from trainers.ip_adapter.model import IpAdapter
 
         backbone = self.backbone.load(accelerator.device, self.frozen_dtype())
         frozen = Frozen(self.backbone, backbone, Cache(cache) if cache else None, accelerator)
@@ -170,7 +170,7 @@ class IpAdapterConfig(TunedConfig):
 
     @override
     def load_trained(self, folder: Path | None, accelerator: Accelerator) -> Model:
-        from trainers.ip_adapter import IpAdapter
+        from trainers.ip_adapter.model import IpAdapter
 
         backbone = self.backbone.load(accelerator.device, self.frozen_dtype())
         adapter = IpAdapter(backbone.denoiser, self.tokens, self.adapters, 0)
@@ -182,7 +182,7 @@ class IpAdapterConfig(TunedConfig):
         return self._adapted(backbone, adapter)
 
     def _adapted(self, backbone: Backbone, adapter: IpAdapter) -> IpAdapted:
-        from trainers.ip_adapter import IpAdapted
+        from trainers.ip_adapter.model import IpAdapted
 
         encoder = self.image_encoder
         return IpAdapted(backbone, adapter, (lambda: encoder.load(backbone.device)) if encoder else None)
@@ -192,7 +192,7 @@ class IpAdapterConfig(TunedConfig):
         import torch
 
         from trainers.adapters.tokens import read_embedding
-        from trainers.vision import encode_pictures
+        from trainers.ip_adapter.vision import encode_pictures
 
         found: dict[StreamName, Tensor] = {}
         if config := self.embed_to_token:

@@ -211,7 +211,7 @@ def test_training_hears_what_sampling_is_told(make, accelerator, pairs):
 def test_pictures_are_shown_to_the_encoder_once(make, accelerator, vision_folder, tmp_path, monkeypatch):
     config = make(image_encoder={"path": str(vision_folder)})
     first = config.build(0, tmp_path / "cache", accelerator).condition(FOUR)
-    monkeypatch.setattr("trainers.vision.ImageEncoderConfig.load", None)
+    monkeypatch.setattr("trainers.ip_adapter.vision.ImageEncoderConfig.load", None)
     again = config.build(0, tmp_path / "cache", accelerator).condition(FOUR)
     assert torch.equal(first.extra[TOKENS], again.extra[TOKENS])
 

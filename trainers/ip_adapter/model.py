@@ -1,4 +1,4 @@
-"""Conditioners and streams of one UNet, the model that hears them, and their files."""
+"""Conditioners and streams of one UNet, and the model that hears them."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,23 +16,19 @@ from trainers.adapters.tokens import TokenConditioner, read_embedding, stack
 from trainers.backbone import Backbone, Condition
 from trainers.batch import init_seed
 from trainers.data.transforms import open_picture
-from trainers.errors import ConfigError, DataError, ModelError
+from trainers.errors import ConfigError, DataError
+from trainers.ip_adapter.files import IMAGE_FILE, STREAMS_FILE, read_tensors, write_tensors
+from trainers.ip_adapter.vision import ImageEncoder
 from trainers.prompt import Prompt
 from trainers.streams import STREAMS, AdaptersConfig, EmbedToToken, StreamName, TokensConfig
-from trainers.vision import ImageEncoder
 from trainers.wrapped import Wrapped
 
-IMAGE_FILE = "ip_adapter.safetensors"
-"""The image stream, as diffusers' `load_ip_adapter` reads it."""
-STREAMS_FILE = "token_streams.safetensors"
-"""Everything else, under names of our own."""
 CONDITIONERS: Mapping[StreamName, str] = {"image": "embed_to_token", "label": "label_to_token"}
 """What makes each stream's tokens."""
 
 Vectors = Mapping[StreamName, tuple[Float[Tensor, "b f"], Bool[Tensor, " b"]]]
 """Each stream's vectors, and which rows have one."""
 
-_METADATA = "streams"
 _FIRST_NETWORK = 10  # seeds of initial weights are numbered; those below are of the model's own networks
 
 
@@ -105,7 +101,7 @@ class IpAdapter(nn.Module):
                 files[STREAMS_FILE] |= self._state(name)
         for file, tensors in files.items():
             if tensors:
-                _write(folder / file, tensors, self._description())
+                write_tensors(folder / file, tensors, self._description())
 
     def load(self, folder: Path) -> None:
         """Read all weights.
@@ -115,9 +111,9 @@ class IpAdapter(nn.Module):
         """
         for name in self.stream_names:
             if self._in_diffusers(name):
-                _load_diffusers_state(self, _read(folder / IMAGE_FILE, self._description()))
+                _load_diffusers_state(self, read_tensors(folder / IMAGE_FILE, self._description()))
             else:
-                state = _read(folder / STREAMS_FILE, self._description())
+                state = read_tensors(folder / STREAMS_FILE, self._description())
                 with torch.no_grad():
                     for key, tensor in self._state(name).items():
                         tensor.copy_(state[key])
@@ -258,27 +254,3 @@ def _projector(conditioner: TokenConditioner) -> dict[str, Tensor]:
     """The image conditioner's weights as diffusers' ImageProjection or IPAdapterFaceIDImageProjection calls them."""
     state = conditioner.state_dict()
     return state if conditioner.config.hidden else {name.replace("proj.0.", "proj."): w for name, w in state.items()}
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], description: str) -> None:
-    import safetensors.torch
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    saved = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(saved, temporary, {"format": "pt", _METADATA: description})
-    temporary.replace(path)
-
-
-def _read(path: Path, description: str) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; expected the adapter of a finished trial")
-    opened: Any = safe_open(path, "pt")
-    with opened as file:
-        metadata: dict[str, str] = file.metadata() or {}
-        found = metadata.get(_METADATA)
-        if found != description:
-            raise ModelError(f"{path}: made for other streams than this trial's; expected {description}, got {found}")
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping

@@ -1,0 +1,1 @@
+"""What `ip_adapter` is made of: conditioners, the model that hears their tokens, its files, an image encoder."""
