@@ -32,6 +32,25 @@ class BackboneContract:
         latents = torch.zeros(2, *backbone.latent_shape(64, 64))
         assert backbone.decode(latents).shape == (2, 3, 64, 64)
 
+    def test_what_rests_comes_back_when_it_is_asked(self, backbone, monkeypatch):
+        """There is no second device here: what counts is where networks are sent."""
+        sent = []
+        monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: sent.append((self, str(device))) or self)
+        device, encoders = str(backbone.device), list(backbone.text_encoders)
+        backbone.rest([])
+        assert sent == [(network, "cpu") for network in (backbone.vae, *encoders)]
+        sent.clear()
+        backbone.rest(encoders)
+        assert sent == [(backbone.vae, "cpu")]
+        for ask, expected in (
+            (lambda: backbone.encode_image(torch.zeros(1, 3, 64, 64)), [backbone.vae]),
+            (lambda: backbone.decode(torch.zeros(1, *backbone.latent_shape(64, 64))), [backbone.vae]),
+            (lambda: backbone.encode_prompts(["a"]), encoders),
+        ):
+            sent.clear()
+            ask()
+            assert sent == [(network, device) for network in expected]
+
     def test_sampled_latents_have_the_moments_mean_and_deviation(self, backbone):
         moments = backbone.encode_image(torch.rand(1, 3, 64, 64) * 2 - 1)
         zero, one = torch.zeros_like(moments.mean), torch.ones_like(moments.mean)

@@ -175,6 +175,24 @@ def test_training_leaves_the_networks_in_evaluation_mode(make_config, accelerato
     assert not any(trained.network.training for trained in method.trained().values())
 
 
+def test_what_steps_do_not_call_upon_rests_from_the_first_and_after_every_look(make_config, accelerator, tmp_path):
+    samples = {"every": 4, "prompts": ["a zog"], "resolution": 64, "steps": 1}
+    config = make_config(text_encoder_lora={"rank": 2}, samples=samples)
+    method = config.build(0, None, accelerator)
+    rested, losses = [], method.losses
+    method.backbone.rest = lambda busy: rested.append((step[0], busy))
+    step = [None]
+
+    def noting(batch):
+        step[0] = batch.step
+        return losses(batch)
+
+    method.losses = noting
+    fit(method, config, RunDir(tmp_path / "run"), accelerator)
+    assert [when for when, _ in rested] == [None, 3, 5]
+    assert {id(network) for _, busy in rested for network in busy} == set(map(id, method.backbone.networks.values()))
+
+
 def test_train_reports_its_stages_and_exports_the_adapter(make_config, accelerator, tmp_path):
     run = RunDir(tmp_path / "run")
     result = train(make_config(), run, 0, tmp_path / "cache", accelerator)

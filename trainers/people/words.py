@@ -58,8 +58,8 @@ class Reader:
         from transformers import CLIPTokenizer
 
         self._encoders, self._trigger, self._count = backbone.text_encoders, trigger, count
-        self._device = backbone.device
-        config = backbone.config
+        self._device, config = backbone.device, backbone.config
+        self._text_device = torch.device(config.text_encoder_device or backbone.device)
         self._tokenizers = [
             add_trigger(config.load_tokenizer(CLIPTokenizer, name), trigger) for name in config.tokenizer_names
         ]
@@ -80,7 +80,7 @@ class Reader:
         masks: list[tuple[bool, ...]] = []
         for tokenizer, encoder in zip(self._tokenizers, self._encoders, strict=True):
             row = tokenize(tokenizer, prompt, self._trigger, count)
-            network = cast("Any", encoder)
+            network = cast("Any", encoder.to(self._text_device))
             with torch.autocast(network.device.type, enabled=False):
                 outputs.append(network(torch.tensor([row.ids], device=network.device), output_hidden_states=True))
             masks.append(row.mask)

@@ -73,6 +73,15 @@ def test_the_base_is_not_loaded_before_pictures_are_drawn(make):
     assert "base" not in vars(model)
 
 
+def test_the_base_is_freed_between_pictures(make):
+    model, told = make().load(CPU, torch.float32), [Prompt(text="a zog")]
+    x_t, t = torch.randn(1, *model.latent_shape(64, 64)), torch.tensor([500])
+    expected = model.denoise(x_t, t, model.prepare(told, 64, 64))
+    model.rest([])
+    assert "base" not in vars(model)
+    assert torch.equal(model.denoise(x_t, t, model.prepare(told, 64, 64)), expected)
+
+
 def test_what_both_have_is_loaded_once(make):
     model = make().load(CPU, torch.float32)
     assert model.base.vae is model.vae
