@@ -7,6 +7,7 @@ import torch
 
 from tests.contracts.method import InterruptionError, interrupt, losses, weights
 from tests.trainers.conftest import draw
+from tests.trainers.ip_adapters import build_config, write_pairs
 from trainers.batch import Batch
 from trainers.errors import DataError
 from trainers.loop import fit
@@ -57,6 +58,18 @@ def test_every_batch_has_one_shape_and_the_model_is_told_it(make, accelerator, t
     assert {shape for shape, _ in shapes} == {(6, 10), (8, 8), (10, 6)}
     for shape, told in shapes:
         assert told == [[8.0 * shape[0], 8.0 * shape[1]]] * 4
+
+
+def test_pairs_have_shapes_too(sdxl_folder, accelerator, tmp_path, shapes):
+    table = write_pairs(tmp_path / "pairs")
+    for number, size in enumerate(SHAPES[2:6]):
+        draw(number, size).save(table.parent / f"{number}.png")
+    data = {"kind": "pairs", "path": str(table), "resolution": 64, "buckets": {"step": 16}}
+    config = build_config(sdxl_folder, table, data=data, batch_size=2, steps=8)
+    fit(config.build(0, None, accelerator), config, RunDir(tmp_path / "run"), accelerator)
+    assert {shape for shape, _ in shapes} == {(6, 10), (8, 8)}
+    for shape, told in shapes:
+        assert told == [[8.0 * shape[0], 8.0 * shape[1]]] * 2
 
 
 def test_latents_are_those_of_the_picture_alone(make, accelerator, tmp_path):

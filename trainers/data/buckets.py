@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self, TypeVar
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from typing_extensions import override
 
-from trainers.batch import shuffled
+from trainers.batch import DataConfig, Example, Picture, shuffled
 from trainers.config import Config
+from trainers.data.transforms import VERSION, cut_picture, open_picture, upright_size
+from trainers.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
 
-    from trainers.batch import Example
+E = TypeVar("E", bound=Example)
 
 Size = tuple[int, int]
 """Height and width."""
@@ -47,6 +52,82 @@ class BucketsConfig(Config):
         """The shape of a picture of this height and width; of two that are as near, the wider one."""
         wanted = math.log(original[0] / original[1])
         return min(self.sizes(resolution), key=lambda size: abs(math.log(size[0] / size[1]) - wanted))
+
+
+class CutConfig(DataConfig):
+    """Pictures in files of their own, that are turned upright, resized and cut in the middle.
+
+    To a square, so that the short side is `resolution`; or, with `buckets`, to the rectangle nearest to their shape.
+    """
+
+    resolution: PositiveInt
+    buckets: BucketsConfig | None = None
+    """Shapes that pictures are cut to; null is the square alone."""
+
+    @model_validator(mode="after")
+    def _buckets_exist(self) -> Self:
+        if self.buckets and not self.sizes:
+            raise ValueError(
+                f"buckets.step is {self.buckets.step} and resolution {self.resolution}; expected no larger a step"
+            )
+        return self
+
+    @property
+    @override
+    def size(self) -> Size:
+        return self.resolution, self.resolution
+
+    @property
+    @override
+    def sizes(self) -> Sequence[Size]:
+        return self.buckets.sizes(self.resolution) if self.buckets else (self.size,)
+
+    @property
+    @override
+    def transform(self) -> str:
+        return f"{'its shape' if self.buckets else f'square of {self.resolution}'}, bicubic, centred; {VERSION}"
+
+    @override
+    def read(self, example: Example) -> Picture:
+        return cut_picture(example.path, example.size or self.size)
+
+    @override
+    def pick(self, examples: Sequence[Example], seed: int, step: int, position: int, batch_size: int) -> int:
+        if self.buckets is None:
+            return super().pick(examples, seed, step, position, batch_size)
+        return bucket_order(examples).pick(seed, step, position, batch_size)
+
+    def shaped(self, example: E) -> E:
+        """With the shape that it is cut to, which is then part of its key."""
+        if self.buckets is None:
+            return example
+        try:
+            size = self.buckets.choose(upright_size(example.path), self.resolution)
+        except OSError:
+            # Whoever decodes it says so.
+            size = self.sizes[0]
+        key = hashlib.sha256(json.dumps([example.key, *size]).encode()).hexdigest()
+        return replace(example, key=key, size=size)
+
+    def readable(self, candidates: Sequence[E], count: int | None = None) -> tuple[tuple[E, ...], tuple[E, ...]]:
+        """The first `count` candidates that decode, by default all, and those that were met on the way and do not.
+
+        Raises:
+            DataError: The data is strict and one does not decode.
+        """
+        good: list[E] = []
+        bad: list[E] = []
+        for example in candidates:
+            if len(good) == count:
+                break
+            try:
+                open_picture(example.path)
+                good.append(example)
+            except DataError:
+                if self.strict:
+                    raise
+                bad.append(example)
+        return tuple(good), tuple(bad)
 
 
 class BucketOrder:

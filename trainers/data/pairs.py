@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeInt, model_validator
 from typing_extensions import override
 
-from trainers.batch import DataConfig, Example, Picture, Split
+from trainers.batch import Example, Split
 from trainers.config import LocalPath
-from trainers.data.transforms import VERSION, cut_picture, open_picture
+from trainers.data.buckets import CutConfig
+from trainers.data.transforms import open_picture
 from trainers.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,18 +41,16 @@ class Pair(Example):
     """File and line, for messages."""
 
 
-class PairsConfig(DataConfig):
+class PairsConfig(CutConfig):
     """Rows of a `.csv` file with a header, or of a `.jsonl` file; both in UTF-8.
 
     Columns: `image` (a picture file) and `caption` (may be empty), and where wanted `label` (in CSV numbers separated
     by blanks, in JSONL a list) and `embedding` (a `.npy` or `.safetensors` file with one vector). Paths are relative
-    to the table. Pictures are turned upright, resized so that the short side is `resolution`, and cropped to the
-    centred square.
+    to the table.
     """
 
     kind: Literal["pairs"] = "pairs"
     path: LocalPath
-    resolution: PositiveInt
     holdout: NonNegativeInt = 0
     """So many pictures, chosen by a hash of their bytes, are kept from training: fidelity is judged against them."""
     holdout_path: LocalPath | None = None
@@ -62,16 +61,6 @@ class PairsConfig(DataConfig):
         if self.holdout and self.holdout_path:
             raise ValueError("holdout and holdout_path exclude each other; set holdout to 0 or remove holdout_path")
         return self
-
-    @property
-    @override
-    def size(self) -> tuple[int, int]:
-        return self.resolution, self.resolution
-
-    @property
-    @override
-    def transform(self) -> str:
-        return f"square of {self.resolution}, bicubic, centred; {VERSION}"
 
     @override
     def check(self) -> None:
@@ -102,11 +91,11 @@ class PairsConfig(DataConfig):
     def split(self) -> Split:
         rows = _hashed(_read(self.path))
         if self.holdout_path:
-            held_out, unreadable = self._readable(_hashed(_read(self.holdout_path)))
+            held_out, unreadable = self.readable(_hashed(_read(self.holdout_path)))
         else:
             # Two rows of a picture have one key and are never on both sides.
             distinct = {row.key: row for row in reversed(rows)}
-            held_out, unreadable = self._readable([distinct[key] for key in sorted(distinct)], self.holdout)
+            held_out, unreadable = self.readable([distinct[key] for key in sorted(distinct)], self.holdout)
         kept = {row.key for row in (*held_out, *unreadable)}
         train = tuple(row for row in rows if row.key not in kept)
         if len(held_out) < self.holdout or not train:
@@ -114,27 +103,8 @@ class PairsConfig(DataConfig):
                 f"{self.path}: {len(held_out)} pictures to hold out (expected {self.holdout}) and {len(train)} rows to "
                 f"train on, after {len(unreadable)} that cannot be decoded; add pictures or lower holdout"
             )
+        train, held_out = (tuple(map(self.shaped, part)) for part in (train, held_out))
         return Split(train, held_out, tuple(row.path for row in unreadable))
-
-    @override
-    def read(self, example: Example) -> Picture:
-        return cut_picture(example.path, self.size)
-
-    def _readable(self, rows: list[Pair], count: int | None = None) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
-        """The first `count` rows whose pictures decode, default all, and those that were met and do not."""
-        good: list[Pair] = []
-        bad: list[Pair] = []
-        for row in rows:
-            if len(good) == count:
-                break
-            try:
-                open_picture(row.path)
-                good.append(row)
-            except DataError:
-                if self.strict:
-                    raise
-                bad.append(row)
-        return tuple(good), tuple(bad)
 
 
 def check_pairs(rows: Iterable[Pair], label: int | None, embedding: int | None) -> None:

@@ -7,6 +7,7 @@ from safetensors.numpy import save_file
 
 from tests.trainers.conftest import draw
 from trainers.batch import DataConfig
+from trainers.data.buckets import BucketsConfig
 from trainers.data.pairs import PairsConfig, check_pairs
 from trainers.errors import DataError
 
@@ -195,6 +196,22 @@ def test_a_broken_picture_is_not_held_out_but_reported(folder):
         config.split()
     with pytest.raises(DataError, match=r"1\.png"):
         config.model_copy(update={"strict": True}).check()
+
+
+def test_pictures_may_keep_their_shapes(folder):
+    draw(9, (64, 96)).save(folder / "0.png")
+    config = write(folder, HEADER + "0.png,a,1,\n1.png,b,2,\n0.png,c,3,\n")
+    shaped = config.model_copy(update={"buckets": BucketsConfig(step=16)})
+    rows, square = shaped.split().train, config.split().train
+    assert [(row.prompt, row.label, row.size) for row in rows] == [
+        ("a", (1.0,), (80, 48)),
+        ("b", (2.0,), (48, 80)),
+        ("c", (3.0,), (80, 48)),
+    ]
+    assert [shaped.read(row).pixels.shape[2:] for row in rows] == [row.size for row in rows]
+    assert rows[0].key == rows[2].key != square[0].key
+    steps = [{rows[shaped.pick(rows, 0, step, 2 * step + place, 2)].size for place in range(2)} for step in range(9)]
+    assert all(len(sizes) == 1 for sizes in steps)
 
 
 def test_a_picture_is_read_as_a_square(folder):
