@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from orchestrator.spec import TrialSpec
 from orchestrator.trained import place_adapter, train_once, training_key
 from tests.orchestrator.studies import load
-from tests.trainers.conftest import build_pictures, build_sdxl
+from tests.trainers.conftest import accelerator_fixture, build_pictures, build_sdxl, short_training  # noqa: F401
 from trainers.cache import Cache
 from trainers.errors import ConfigError, ModelError
 from trainers.rundir import RunDir
@@ -33,17 +33,7 @@ def make_trial(tmp_path: Path, model: Path) -> Callable[..., TrialSpec]:
     pictures = build_pictures(tmp_path / "pictures")
 
     def make(seed: int = 0, adapter: Path | None = None, guidance: Any = None, **changes: Any) -> TrialSpec:
-        train = {
-            "kind": "sdxl_lora",
-            "backbone": {"kind": "sdxl", "path": str(model)},
-            "data": {"kind": "folder", "path": str(pictures), "resolution": 64},
-            "lora": {"rank": 4},
-            "optimizer": {"kind": "adamw", "lr": 1e-2},
-            "steps": 6,
-            "batch_size": 2,
-            "checkpoint_every": 2,
-            "log_every": 1,
-        }
+        train = {**short_training(model, pictures), "batch_size": 2, "log_every": 1}
         evaluate = {
             "prompts": ["a zog"],
             "resolution": 64,
@@ -54,15 +44,6 @@ def make_trial(tmp_path: Path, model: Path) -> Callable[..., TrialSpec]:
         return TrialSpec.model_validate(tree)
 
     return make
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Any]:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -122,6 +122,21 @@ def pictures(tmp_path: Path) -> Path:
     return build_pictures(tmp_path / "pictures")
 
 
+def short_training(model: Path, pictures: Path) -> dict[str, Any]:
+    """The `train` section of a short trial of the tiny SDXL model."""
+    return {
+        "kind": "sdxl_lora",
+        "backbone": {"kind": "sdxl", "path": str(model)},
+        "data": {"kind": "folder", "path": str(pictures), "resolution": 64},
+        "lora": {"rank": 4},
+        "optimizer": {"kind": "adamw", "lr": 1e-2},
+        "steps": 6,
+        "batch_size": 4,
+        "checkpoint_every": 2,
+        "log_every": 2,
+    }
+
+
 @pytest.fixture
 def make_config(sdxl_folder: Path, pictures: Path) -> Callable[..., Any]:
     """A short trial of the tiny model; keywords replace top-level keys."""
@@ -130,24 +145,13 @@ def make_config(sdxl_folder: Path, pictures: Path) -> Callable[..., Any]:
         import trainers.methods  # noqa: F401, registers the kinds
         from trainers.method import MethodConfig
 
-        tree = {
-            "kind": "sdxl_lora",
-            "backbone": {"kind": "sdxl", "path": str(sdxl_folder)},
-            "data": {"kind": "folder", "path": str(pictures), "resolution": 64},
-            "lora": {"rank": 4},
-            "optimizer": {"kind": "adamw", "lr": 1e-2},
-            "steps": 6,
-            "batch_size": 4,
-            "checkpoint_every": 2,
-            "log_every": 2,
-        }
-        return MethodConfig.model_validate({**tree, **changes})
+        return MethodConfig.model_validate({**short_training(sdxl_folder, pictures), **changes})
 
     return make
 
 
-@pytest.fixture
-def accelerator() -> Iterator[Any]:
+@pytest.fixture(name="accelerator")
+def accelerator_fixture() -> Iterator[Any]:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
