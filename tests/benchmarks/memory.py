@@ -11,6 +11,8 @@ study, is not measured again.
 Results go to tests/benchmarks/results/memory.md.
 """
 
+# pyright: basic
+
 import argparse
 import json
 import platform

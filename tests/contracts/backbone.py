@@ -1,5 +1,8 @@
 """What every backbone must do; each kind's own test inherits this."""
 
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportOperatorIssue=false
+
 import pytest
 import torch
 

@@ -1,5 +1,8 @@
 """A random SDXL folder small enough for unit tests, and pictures to train it on."""
 
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportOperatorIssue=false
+
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,5 +1,8 @@
 """A short trial of the tiny model that hears pictures and labels, and what its tests ask of it."""
 
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportOperatorIssue=false
+
 from pathlib import Path
 from typing import Any
 

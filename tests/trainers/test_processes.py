@@ -1,6 +1,7 @@
 """Two processes train what one does, whatever the method: one job of two runs all of them."""
 
-# pyright: basic
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportOperatorIssue=false
 
 import hashlib
 import json

@@ -1,5 +1,8 @@
 """SDXL's refiner, finishing what the base began."""
 
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportOperatorIssue=false
+
 import diffusers
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """Training steps of UNets next to ones written out as in diffusers' `train_text_to_image*.py`."""
 
-# pyright: basic, reportPrivateImportUsage=false, reportOptionalSubscript=false
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportOperatorIssue=false
 
 import diffusers
 import pytest

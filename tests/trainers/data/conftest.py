@@ -1,5 +1,7 @@
 """Shards made on the fly, and a cache folder of their own for what is found out about them."""
 
+# pyright: basic
+
 import io
 import json
 

@@ -1,3 +1,5 @@
+# pyright: basic, reportOptionalSubscript=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportOperatorIssue=false
 import json
 from contextlib import nullcontext
 

@@ -1,5 +1,7 @@
 """What the methods' contract asks for, and trials of PDMBooth on a subject with masks."""
 
+# pyright: basic
+
 import pytest
 from PIL import Image, ImageDraw
 

@@ -1,3 +1,4 @@
+# pyright: basic
 from functools import partial
 
 import pytest

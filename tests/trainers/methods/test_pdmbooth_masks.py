@@ -1,5 +1,7 @@
 """PDMBooth: masks, what is refused, and precision."""
 
+# pyright: basic
+
 import pytest
 import torch
 from PIL import Image, ImageDraw
