@@ -71,6 +71,8 @@ def add_lora(
 ) -> None:
     """Add a trainable float32 adapter to a frozen network in place; it changes nothing before it is trained.
 
+    The network is left in evaluation mode, its adapter included.
+
     Args:
         network: From diffusers or transformers.
         config: Size of the adapter.
@@ -94,6 +96,8 @@ def add_lora(
         **first,
     )
     cast("Any", network).add_adapter(lora)
+    # PEFT's dropout would be at work until training has set the mode of the network, which is frozen and evaluated.
+    network.eval()
     rng = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
         if "lora_" not in name:
