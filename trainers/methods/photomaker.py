@@ -259,8 +259,7 @@ class PhotoMakerMethod(Method):
         from trainers.adapters.branched import box_mask
         from trainers.people.model import People
 
-        model, device = self.photomaker, self.backbone.device
-        shape = self._images.moments.mean.shape[1:]
+        model, device, shape = self.photomaker, self.backbone.device, self._images.moments.mean.shape[1:]
         rngs = self._denoising.rngs(batch, Stream.REFERENCE)
         indices = [batch.indices[row] for row in rows]
         drawn = [
