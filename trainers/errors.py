@@ -4,8 +4,13 @@
 class ProjectError(Exception):
     """Root of the project's errors: the CLI prints `str(error)` without a traceback and exits with code 2.
 
-    A message says what is wrong, where (file and dotted path), what was got, what was expected, and what to do.
+    A message says what is wrong, where (file and dotted path), what was got, what was expected, and what to do. It is
+    one line, whatever keys and texts it quotes: control characters are escaped, so that none reaches a terminal.
     """
+
+    def __init__(self, message: str = "") -> None:
+        line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in message.replace("\n", " "))
+        super().__init__(line)
 
 
 class ConfigError(ProjectError):

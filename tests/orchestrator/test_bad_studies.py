@@ -141,6 +141,13 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(tmp_path: Path, data:
     assert len(message.splitlines()) <= 1, message
 
 
+def test_a_message_that_quotes_control_characters_is_still_one_line(tmp_path: Path):
+    tree = yaml.safe_load(HPO.read_text())
+    with pytest.raises(ConfigError, match=r"trial\.train\.\\r\\x1b\[2J: got an unknown key; expected one") as raised:
+        read(written(tmp_path, HPO, _with(tree, ("trial", "train", "\r\x1b[2J"), None)))
+    assert str(raised.value).isprintable()
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(alphabet=st.sampled_from("ab:-[]{}\"'#&*!|>%@`?, \n\t\u2028é\x00"), max_size=60))
 def test_any_text_is_read_or_refused_in_one_line(tmp_path: Path, text: str):
