@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,15 +22,20 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
+def first_trial(folder: Path, **train: Any) -> Job:
+    """The job of a study's first trial in `folder`: a frozen config, and a worker that needs no model."""
+    run = RunDir(folder / "study" / "trials" / "0000")
+    text, digest = freeze({"train": train or {"optimizer": {"lr": 0.25}}})
+    write_atomically(run.trial, text)
+    return Job("tests.orchestrator.fake_worker", (str(run.path), "--sha256", digest), run.path)
+
+
 class LauncherContract:
     """Inherit, and give the fixtures `launcher` and `unknown_id`, an id in its form that was never given out."""
 
     @pytest.fixture
     def job(self, tmp_path: Path) -> Job:
-        run = RunDir(tmp_path / "study" / "trials" / "0000")
-        text, digest = freeze({"train": {"optimizer": {"lr": 0.25}}})
-        write_atomically(run.trial, text)
-        return Job("tests.orchestrator.fake_worker", (str(run.path), "--sha256", digest), run.path)
+        return first_trial(tmp_path)
 
     def test_jobs_can_run_here(self, launcher: Launcher):
         launcher.check()

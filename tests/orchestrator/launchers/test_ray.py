@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 from orchestrator.launcher import Job, JobId, JobState
 from orchestrator.launchers.ray import RayLauncher
-from tests.contracts.launcher import LauncherContract, wait_for
+from tests.contracts.launcher import LauncherContract, first_trial, wait_for
 from tests.orchestrator.ray_cluster import running_cluster
 from trainers.errors import LaunchError
-from trainers.rundir import RunDir, freeze, write_atomically
+from trainers.rundir import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    run = RunDir(tmp_path / "study" / "trials" / "0000")
-    text, digest = freeze({"train": {"optimizer": {"lr": 0.25}}})
-    write_atomically(run.trial, text)
-    return Job("tests.orchestrator.fake_worker", (str(run.path), "--sha256", digest), run.path)
+    return first_trial(tmp_path)
 
 
 def said(job: Job) -> str:

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from orchestrator.launcher import Job, JobId, JobState, Launcher
 from orchestrator.launchers.sagemaker import SageMakerLauncher
 from orchestrator.s3 import Bucket, Mirror, Stored
-from tests.contracts.launcher import LauncherContract, wait_for
+from tests.contracts.launcher import LauncherContract, first_trial, wait_for
 from tests.orchestrator.sagemaker import BUCKET, LAUNCHER, running_s3, stand_in, validate
 from trainers.errors import LaunchError
-from trainers.rundir import RunDir, freeze, write_atomically
+from trainers.rundir import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +37,13 @@ def launcher(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SageMa
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    return make_job(tmp_path, {"train": {"optimizer": {"lr": 0.25}}})
+    return first_trial(tmp_path)
 
 
 def build(**options: Any) -> SageMakerLauncher:
     built = Launcher.model_validate({**LAUNCHER, **options})
     assert isinstance(built, SageMakerLauncher)
     return built
-
-
-def make_job(tmp_path: Path, tree: dict[str, Any]) -> Job:
-    run = RunDir(tmp_path / "study" / "trials" / "0000")
-    text, digest = freeze(tree)
-    write_atomically(run.trial, text)
-    return Job("tests.orchestrator.fake_worker", (str(run.path), "--sha256", digest), run.path)
 
 
 @pytest.mark.slow
@@ -176,7 +169,7 @@ def test_a_database_that_is_written_to_is_copied_as_a_whole(s3: Any, tmp_path: P
 @pytest.mark.usefixtures("s3")
 def test_a_file_of_this_machine_that_no_channel_brings_is_refused(tmp_path: Path):
     (tmp_path / "model").mkdir()
-    job = make_job(tmp_path, {"train": {"backbone": {"path": str(tmp_path / "model")}}})
+    job = first_trial(tmp_path, backbone={"path": str(tmp_path / "model")})
     with pytest.raises(LaunchError, match=r"launcher.channels: got no channel for .*/model"):
         build().submit(job)
 

@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from orchestrator.launcher import Job, JobId, JobState
 from orchestrator.launchers.slurm import SlurmLauncher
 from orchestrator.ranks import first_host, name_ranks
-from tests.contracts.launcher import LauncherContract, wait_for
+from tests.contracts.launcher import LauncherContract, first_trial, wait_for
 from tests.orchestrator.fake_worker import STEPS
 from tests.orchestrator.slurm import running_cluster
 from trainers.errors import LaunchError
-from trainers.rundir import RunDir, freeze, write_atomically
+from trainers.rundir import RunDir
 
 Start = Literal["torchrun", "srun"]
 
@@ -28,10 +28,7 @@ def cluster() -> Iterator[Path]:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    run = RunDir(tmp_path / "study" / "trials" / "0000")
-    text, digest = freeze({"train": {"optimizer": {"lr": 0.25}}})
-    write_atomically(run.trial, text)
-    return Job("tests.orchestrator.fake_worker", (str(run.path), "--sha256", digest), run.path)
+    return first_trial(tmp_path)
 
 
 @pytest.mark.slow
