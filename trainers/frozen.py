@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +22,20 @@ from trainers.packing import fits, load_packed, pack
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+_SILENCE = 30.0
+"""Seconds after which it is said how far long work is."""
+
+
+def told(items: Iterable[_T], what: str, count: int) -> Iterator[_T]:
+    """The items, saying now and then how many of `count` there were."""
+    said = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - said >= _SILENCE:
+            log.info("%s: %d of %d", what, done, count)
+            said = time.monotonic()
+        yield item
+
 
 @dataclass(frozen=True)
 class Frozen:
@@ -32,15 +47,18 @@ class Frozen:
     accelerator: Accelerator
 
     def share(
-        self, key: Callable[[int], str], make: Callable[[int], Tensors | None], count: int
+        self, what: str, key: Callable[[int], str], make: Callable[[int], Tensors | None], count: int
     ) -> list[Tensors | None]:
-        """`make(i)` for every i below `count`, through the cache: each process makes its share of what is missing."""
+        """`make(i)` for every i below `count`, through the cache: each process makes its share of what is missing.
+
+        `what` it is, the log says while it takes long.
+        """
         if self.cache is not None and self.accelerator.num_processes > 1:
-            self._make_share(key, make, count)
-        return [self._recall(key, make, i) for i in range(count)]
+            self._make_share(what, key, make, count)
+        return [self._recall(key, make, i) for i in told(range(count), what, count)]
 
     def stack(
-        self, key: Callable[[int], str], make: Callable[[int], Tensors | None], count: int
+        self, what: str, key: Callable[[int], str], make: Callable[[int], Tensors | None], count: int
     ) -> tuple[list[int], Tensors]:
         """As `share`, for rows of equal shapes: numbers of those that there are, and each tensor of all of them.
 
@@ -48,17 +66,17 @@ class Frozen:
         """
         first = next((row for i in range(count) if (row := self._recall(key, make, i)) is not None), None)
         if self.cache is not None and first is not None and not fits(first, count):
-            return self._packed(self.cache.folder(digest("rows", *map(key, range(count)))), key, make, count)
-        rows = self.share(key, make, count)
+            return self._packed(self.cache.folder(digest("rows", *map(key, range(count)))), what, key, make, count)
+        rows = self.share(what, key, make, count)
         found = [row for row in rows if row is not None]
         kept = [i for i, row in enumerate(rows) if row is not None]
         return kept, {name: torch.cat([row[name] for row in found]) for name in found[0]} if found else {}
 
     def _packed(
-        self, folder: Path, key: Callable[[int], str], make: Callable[[int], Tensors | None], count: int
+        self, folder: Path, what: str, key: Callable[[int], str], make: Callable[[int], Tensors | None], count: int
     ) -> tuple[list[int], Tensors]:
         if load_packed(folder) is None:
-            self._make_share(key, make, count)
+            self._make_share(what, key, make, count)
         # Whoever has nothing to make waits, too: another study may have packed the folder in between.
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_local_main_process and load_packed(folder) is None:
@@ -68,8 +86,11 @@ class Frozen:
         assert found is not None
         return found
 
-    def _make_share(self, key: Callable[[int], str], make: Callable[[int], Tensors | None], count: int) -> None:
-        for i in range(self.accelerator.process_index, count, self.accelerator.num_processes):
+    def _make_share(
+        self, what: str, key: Callable[[int], str], make: Callable[[int], Tensors | None], count: int
+    ) -> None:
+        mine = range(self.accelerator.process_index, count, self.accelerator.num_processes)
+        for i in told(mine, what, len(mine)):
             self._recall(key, make, i)
         self.accelerator.wait_for_everyone()
 
@@ -185,7 +206,7 @@ def encode_examples(frozen: Frozen, data: DataConfig, examples: Sequence[Example
 
     room = () if cells is None else (str(cells),)
     kept, columns = frozen.stack(
-        lambda i: digest("picture", examples[i].key, data.transform, network, *room), make, len(examples)
+        "pictures", lambda i: digest("picture", examples[i].key, data.transform, network, *room), make, len(examples)
     )
     if not kept:
         raise DataError(f"none of the {len(examples)} training pictures can be decoded; first: {examples[0].path}")
@@ -231,7 +252,7 @@ def encode_texts(frozen: Frozen, prompts: Iterable[str | None]) -> Texts:
         text = frozen.backbone.encode_prompts([distinct[i]])
         return {name: value.cpu() for name, value in text.tensors().items()}
 
-    _, columns = frozen.stack(lambda i: digest("text", *_spell(distinct[i]), network), make, len(distinct))
+    _, columns = frozen.stack("prompts", lambda i: digest("text", *_spell(distinct[i]), network), make, len(distinct))
     embeddings = TextEmbeddings(**columns)
     if fits(embeddings.select([0]).tensors(), len(distinct)):
         embeddings = embeddings.trimmed()

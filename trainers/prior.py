@@ -73,6 +73,7 @@ class PriorConfig(Config):
 
     def _draw(self, frozen: Frozen, resolution: int, files: list[Path]) -> None:
         """Draw the files that do not exist; every process its share."""
+        from trainers.frozen import told
         from trainers.prompt import Prompt, Request
         from trainers.sampling import generate
 
@@ -83,7 +84,8 @@ class PriorConfig(Config):
         share = missing[accelerator.process_index :: accelerator.num_processes] if frozen.cache else missing
         requests = [Request(Prompt(text=self.prompt), seed) for seed in share]
         with accelerator.autocast():
-            for sample in generate(frozen.backbone, requests, self._sampling(resolution)):
+            drawn = generate(frozen.backbone, requests, self._sampling(resolution))
+            for sample in told(drawn, "class pictures", len(share)):
                 file = files[sample.seed]
                 temporary = file.with_name(f".{file.name}.{accelerator.process_index}.tmp")
                 sample.image.save(temporary, format="PNG")

@@ -91,7 +91,7 @@ def make(i):
     return None if i == 3 else {"mean": torch.full((1, 2), float(i))}
 
 frozen = Frozen(None, None, Cache(Path(sys.argv[1])), accelerator)
-kept, columns = frozen.stack(lambda i: f"{i:064}", make, 7)
+kept, columns = frozen.stack("rows", lambda i: f"{i:064}", make, 7)
 assert kept == [0, 1, 2, 4, 5, 6], kept
 assert columns["mean"][:, 0].tolist() == kept
 assert set(made) <= {0, 3, *range(accelerator.process_index, 7, 2)}, made

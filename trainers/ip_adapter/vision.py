@@ -108,7 +108,12 @@ def encode_pictures(frozen: Frozen, encoder: ImageEncoderConfig, examples: Seque
     def make(i: int) -> dict[str, Tensor]:
         return {"embedding": tower().embed(open_picture(examples[i].path))}
 
-    rows = frozen.share(lambda i: digest("clip vision", examples[i].key, version, network), make, len(examples))
+    rows = frozen.share(
+        "pictures for the image encoder",
+        lambda i: digest("clip vision", examples[i].key, version, network),
+        make,
+        len(examples),
+    )
     return torch.stack([row["embedding"] for row in rows if row is not None])
 
 

@@ -125,7 +125,7 @@ class SamMasks(MaskSource):
         def key(i: int) -> str:
             return digest("mask", examples[i].key, json.dumps(self.points), network)
 
-        rows = frozen.share(key, make, len(examples))
+        rows = frozen.share("masks", key, make, len(examples))
         masks = [cast("Tensors", row)["mask"] for row in rows]
         for example, mask in zip(examples, masks, strict=True):
             if not bool(mask.any()):

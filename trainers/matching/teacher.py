@@ -161,7 +161,7 @@ class Inverted(QueryTarget):
             told += [conditions[i].sizes] if conditions[i].sizes is not None else []
             return digest("inversion", str(self.steps), process.prediction, network, *(_hash(one) for one in told))
 
-        _, rows = frozen.stack(key, make, len(conditions))
+        _, rows = frozen.stack("inverted pictures", key, make, len(conditions))
         return Trajectories(rows["timesteps"][0], rows["latents"])
 
 

@@ -115,7 +115,7 @@ def _look(
     def key(i: int) -> str:
         return digest("face", examples[i].key, str(examples[i].face), str(trained), data.transform, network)
 
-    return frozen.share(key, make, len(examples))
+    return frozen.share("faces", key, make, len(examples))
 
 
 def _keep(images: Images, kept: list[int], faceless: tuple[Path, ...]) -> Images:
@@ -146,5 +146,5 @@ def _read(frozen: Frozen, captions: list[str], config: PhotoMakerConfig, model: 
             name: value.cpu() for name, value in model.reader.read(captions[i], config.references).tensors().items()
         }
 
-    rows = frozen.share(lambda i: digest("words", captions[i], network, *options), make, len(captions))
+    rows = frozen.share("captions", lambda i: digest("words", captions[i], network, *options), make, len(captions))
     return Words.cat([Words(**row) for row in rows if row is not None])

@@ -116,6 +116,14 @@ def test_class_pictures_are_drawn_once_and_exactly_as_many_as_are_missing(make, 
     make(prior=PRIOR).build(2, cache, accelerator)
 
 
+def test_the_log_says_how_far_long_drawing_and_encoding_are(make, accelerator, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("trainers.frozen._SILENCE", 0.0)
+    caplog.set_level("INFO", "trainers")
+    make(prior=PRIOR).build(0, tmp_path, accelerator)
+    assert "class pictures: 2 of 3" in caplog.messages
+    assert "pictures: 5 of 6" in caplog.messages
+
+
 def test_a_picture_of_the_class_does_not_depend_on_how_many_are_drawn_at_once(make, accelerator, tmp_path):
     for size in (1, 3):
         make(prior=PRIOR | {"batch_size": size}).build(0, tmp_path / str(size), accelerator)
