@@ -29,8 +29,9 @@ class Winner(Config):
     """What a study that has ended hands on."""
 
     study: str
-    trial: int
-    value: float
+    trial: int | None
+    """None: its objective has several values, so it has a front and no winner."""
+    value: float | None
     params: dict[str, Any]
 
 
@@ -55,6 +56,8 @@ class Member:
     source: FromStudy | None = None
     source_root: Path | None = None
     """The folder of the study that `source` names."""
+    warm_root: Path | None = None
+    """The folder of the earlier stage that `warm_start` names."""
 
     @property
     def name(self) -> str:
@@ -64,7 +67,7 @@ class Member:
     @property
     def waits_for(self) -> Path | None:
         """The study that has to end first."""
-        return None if self.source_root is None or (self.source_root / WINNER).is_file() else self.source_root
+        return next((root for root in (self.source_root, self.warm_root) if root and not _has_ended(root)), None)
 
     def load(self) -> tuple[StudySpec, Document]:
         """The study, with what it takes from another one if that has ended, and as the file says it otherwise.
@@ -73,12 +76,15 @@ class Member:
             ConfigError: What is wrong with it, in one line.
         """
         document = self.document
-        if self.source and self.source_root and not self.waits_for:
+        if self.source and self.source_root and _has_ended(self.source_root):
             document = Document(_take(document.tree, self.source, self.source_root), document.origins, document.source)
         try:
-            return StudySpec.model_validate(document.tree), document
+            spec = StudySpec.model_validate(document.tree)
         except ValidationError as error:
             raise config_error(error, document, StudySpec) from error
+        if spec.warm_start and self.warm_root and not _has_ended(self.warm_root):  # nothing is known of its trials
+            spec = spec.model_copy(update={"warm_start": spec.warm_start.model_copy(update={"study": None})})
+        return spec, document
 
 
 @dataclass(frozen=True)
@@ -214,28 +220,55 @@ def _stages(document: Document, sets: Sequence[str], subject: str) -> Iterator[M
 
 def _member(document: Document, place: _Place) -> Member:
     tree = {key: value for key, value in document.tree.items() if key not in {"from_study", "foreach"}}
+    tree, warm_root = _find_warm_start(tree, document, place)
     own = Document(tree, document.origins, document.source)
     section = document.tree.get("from_study")
     if section is None:
-        return Member(own, place.stage, place.subject)
+        return Member(own, place.stage, place.subject, warm_root=warm_root)
     where = document.where(("from_study",))
     try:
         source = FromStudy.model_validate(section)
     except ValidationError as error:
         below = {at[1:]: origin for at, origin in document.origins.items() if at[:1] == ("from_study",)}
         raise config_error(error, Document(section, below, where), FromStudy) from error
-    root = place.roots.get(source.study) or Path(source.study)
+    root = _find_root(source.study, "from_study", document, place)
+    return Member(own, place.stage, place.subject, source, root, warm_root)
+
+
+def _find_warm_start(tree: Tree, document: Document, place: _Place) -> tuple[Tree, Path | None]:
+    """The study with the folder of the stage that `warm_start` names, and that folder if it is a stage's."""
+    section = tree.get("warm_start")
+    name = cast("Tree", section).get("study") if isinstance(section, dict) else None
+    if not isinstance(name, str):
+        return tree, None  # which the study's own check refuses, if anything is wrong
+    root = _find_root(name, "warm_start", document, place)
+    found = {**tree, "warm_start": {**cast("Tree", section), "study": str(root)}}
+    return found, root if name in place.roots else None
+
+
+def _find_root(name: str, section: str, document: Document, place: _Place) -> Path:
+    """The folder of an earlier stage, or of another study."""
+    root = place.roots.get(name) or Path(name)
     if not root.is_absolute():
         raise ConfigError(
-            f"{where}: from_study.study: got {source.study!r}; expected an earlier stage, or a study's folder that "
-            f"begins with /, ~/, ./ or ../; {did_you_mean(source.study, place.roots)}"
+            f"{document.where((section, 'study'))}: {section}.study: got {name!r}; expected an earlier stage, or a "
+            f"study's folder that begins with /, ~/, ./ or ../; {did_you_mean(name, place.roots)}"
         )
-    return Member(own, place.stage, place.subject, source, root)
+    return root
+
+
+def _has_ended(root: Path) -> bool:
+    return (root / WINNER).is_file()
 
 
 def _take(tree: Tree, source: FromStudy, root: Path) -> Tree:
     """The study with the winner's values, and its adapter if that is wanted."""
     winner = read_winner(root)
+    if winner.trial is None:
+        raise ConfigError(
+            f"from_study.study: got {root}, whose objective has several values and so a front and no winner; expected "
+            "a study of one value, or `warm_start`, which takes over trials"
+        )
     run = run_dir(root, winner.trial)
     if not run.trial.is_file():
         raise ConfigError(f"from_study.study: got no {run.trial}; expected the winner's trial, which {WINNER} names")

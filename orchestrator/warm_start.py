@@ -17,8 +17,9 @@ class WarmStart(Config):
     params: tuple[dict[str, bool | int | float | str | None], ...] = ()
     """Trials by searched path and value; a path that is not said has the template's value."""
     study: LocalPath | None = None
-    """Folder of an earlier study. Its scored trials are taken over with their results where this study would run the
-    very same trial, and are run again where something else differs."""
+    """Folder of an earlier study; a file of stages may name an earlier one of them, and waits for it. Its scored trials
+    are taken over with their results where this study would run the very same trial, and are run again where
+    something else differs."""
     best: int | None = Field(default=None, ge=1)
     """Take over its best ones alone, so many, by this study's objective; null takes all."""
 

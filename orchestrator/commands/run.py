@@ -88,12 +88,13 @@ def _run(member: Member) -> None:
 
 def _hand_on(spec: StudySpec, study: optuna.Study) -> None:
     """Judge the best once more, and say for other studies who won; several values have a front, and no winner."""
-    if len(spec.objective.names) > 1:
-        return
     from orchestrator.confirm import winning_trial
     from orchestrator.series import Winner, write_winner
     from orchestrator.views import trial_views
 
+    if len(spec.objective.names) > 1:
+        write_winner(spec.root, Winner(study=spec.name, trial=None, value=None, params={}))
+        return
     if spec.confirm_seeds:
         _confirm(spec, study)
     winner, value = winning_trial(spec, trial_views(spec, study))

@@ -213,6 +213,49 @@ class TestStages:
         with pytest.raises(ConfigError, match=message):
             load_series(write(tree))
 
+    def warm(self, write: Callable[..., Path], start: dict[str, Any], **search: Any) -> Path:
+        """The search, and a stage with a wider one that begins with `start`."""
+        wide = {"extends": ["./study.yaml"], "limits": {"trials": 5}, "sampler": {"kind": "random"},
+                "search": {"train.optimizer.lr": {"kind": "float", "low": 1e-4, "high": 1.0, "log": True}},
+                "warm_start": start}  # fmt: skip
+        return write(self.TREE, stages={"search": {**self.TREE["stages"]["search"], **search}, "wide": wide})
+
+    @pytest.mark.parametrize("values", [{}, {"b": {"clip_t": 2.0}}])
+    def test_take_over_trials_of_an_earlier_one_once_it_has_ended(self, write, jobs, capfd, values):
+        several = {"kind": "pareto", "objectives": {"a": {"clip_t": 1.0}, **values}}
+        path = self.warm(write, {"study": "search"}, **({"objective": several} if values else {}))
+        sets = ("--set", "launcher={kind: fake, poll_seconds: 1e-6}")
+        assert main(["plan", str(path)]) == 0
+        assert "waits for" in capfd.readouterr().out
+        assert main(["run", str(path), "--only", "wide", *sets]) == 2
+        assert "tune-search, which has not ended" in capfd.readouterr().err
+        assert main(["run", str(path), *sets]) == 0
+        assert len(jobs.jobs) == 3 + 2
+        search, wide = (read_study(member.load()[0]).trials for member in load_series(path).members)
+        assert [trial.params for trial in wide[:3]] == [trial.params for trial in search]
+        assert main(["run", str(path), *sets]) == 0
+        assert len(jobs.jobs) == 3 + 2
+
+    @pytest.mark.parametrize(
+        ("start", "message"),
+        [
+            ({"study": "serch"}, r"several\.yaml:\d+: warm_start\.study: got 'serch'.*did you mean 'search'"),
+            ({"study": "search", "bst": 2}, "warm_start.bst: got an unknown key"),
+            ({"study": "search", "best": 0}, "warm_start.best: got 0"),
+            ({"study": 3}, "warm_start.study: got 3"),
+        ],
+    )
+    def test_that_begin_with_nothing_are_refused_before_any_has_run(self, write, start, message):
+        with pytest.raises(ConfigError, match=message):
+            _ = [member.load() for member in load_series(self.warm(write, start)).members]
+
+    def test_take_no_winner_of_a_front(self, write, jobs, capfd):
+        several = {"kind": "pareto", "objectives": {"a": {"clip_t": 1.0}, "b": {"clip_t": 2.0}}}
+        stages = {**self.TREE["stages"], "search": {**self.TREE["stages"]["search"], "objective": several}}
+        sets = ("--set", "launcher={kind: fake, poll_seconds: 1e-6}")
+        assert main(["run", str(write(self.TREE, stages=stages)), *sets]) == 2
+        assert "has several values and so a front and no winner" in capfd.readouterr().err
+
     def test_a_file_of_several_is_no_single_study(self, write):
         with pytest.raises(ConfigError, match="stages: got a file of several studies"):
             load_study(write(self.TREE))
