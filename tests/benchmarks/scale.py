@@ -14,11 +14,12 @@ import os
 import platform
 import resource
 import sqlite3
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -31,12 +32,15 @@ from orchestrator.database import open_database
 from orchestrator.launcher import Job, JobId, JobState, Launcher
 from orchestrator.spec import StudySpec
 from orchestrator.storage import open_study, open_tables
+from orchestrator.tracker import FINAL_STATES, StudyView, TrialView
 from tests.contracts.storage import close
 from tests.orchestrator.postgresql import running_server
 from tests.orchestrator.studies import load, score
 from trainers.rundir import RunDir
 
 PARALLEL = 256
+MARK = 1000
+"""Trials after which a run says what they cost."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class Cost:
     cpu: float
     """Seconds of this process on a core; a database server's are not among them."""
 
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.seconds + other.seconds, self.cpu + other.cpu)
+
     def __sub__(self, other: "Cost") -> "Cost":
         return Cost(self.seconds - other.seconds, self.cpu - other.cpu)
 
@@ -56,8 +63,33 @@ class Cost:
         return f"{1000 * self.cpu / trials:.1f} ({1000 * self.seconds / trials:.1f})"
 
 
+NOTHING = Cost(0.0, 0.0)
+
+
 def now() -> Cost:
     return Cost(time.perf_counter(), time.process_time())
+
+
+def megabytes() -> float:
+    """Of this process, without what nothing holds any more."""
+    gc.collect()
+    return psutil.Process().memory_info().rss / 2**20
+
+
+@dataclass
+class Progress:
+    """Says on stderr what every thousand trials cost: whether later ones cost more, and enough if a run is stopped."""
+
+    what: str
+    _trials: int = 0
+    _begin: Cost = field(default_factory=now)
+
+    def see(self, trials: int, apart: Cost = NOTHING) -> None:
+        """So many have ended; `apart` is what the clock holds of other work."""
+        if trials - self._trials >= MARK:
+            passed, count = now() - apart - self._begin, trials - self._trials
+            print(f"{self.what}: {trials} trials, {passed.per(count)} ms, {megabytes():.0f} MiB", file=sys.stderr)
+            self._trials, self._begin = trials, now() - apart
 
 
 def cost(work: Callable[[], object]) -> Cost:
@@ -71,8 +103,8 @@ class SimulatedLauncher(Launcher):
 
     kind: Literal["simulated"] = "simulated"
     polls: ClassVar[dict[JobId, int]] = {}
-    spent: ClassVar[list[Cost]] = []
-    """On writing results, which jobs do elsewhere."""
+    spent: ClassVar[list[Cost]] = [NOTHING]
+    """On writing results, which jobs do elsewhere: after each job, for all so far."""
 
     @override
     def check(self) -> None: ...
@@ -96,7 +128,7 @@ class SimulatedLauncher(Launcher):
         if self.polls[job_id] < 3:
             return JobState.RUNNING
         del self.polls[job_id]
-        self.spent.append(cost(lambda: score(RunDir(Path(job_id)), clip_t=0.25)))
+        self.spent.append(self.spent[-1] + cost(lambda: score(RunDir(Path(job_id)), clip_t=0.25)))
         return JobState.ENDED
 
     @override
@@ -131,7 +163,9 @@ def run_plainly(spec: StudySpec, url: str, trials: int) -> None:
     storage = open_tables(open_database(url))
     study = optuna.create_study(storage=storage, sampler=optuna.samplers.RandomSampler(seed=0), direction="maximize")
     running: list[optuna.Trial] = []
-    for _ in range(trials):
+    progress = Progress("ask and tell")
+    for number in range(trials):
+        progress.see(number - len(running))
         trial = study.ask()
         for name, parameter in spec.search.items():
             parameter.suggest(trial, name)
@@ -146,16 +180,19 @@ def run_plainly(spec: StudySpec, url: str, trials: int) -> None:
 
 def run_controlled(spec: StudySpec) -> Cost:
     """The whole study, without what the jobs did."""
-    SimulatedLauncher.spent.clear()
+    SimulatedLauncher.spent[:] = [NOTHING]
+    progress = Progress("controller")
+
+    def look(_: StudyView, trials: Sequence[TrialView]) -> None:
+        progress.see(sum(trial.state in FINAL_STATES for trial in trials), SimulatedLauncher.spent[-1])
+
     begin = now()
     study = open_study(spec)
-    Controller(spec, study).run()
-    found = now() - begin
+    Controller(spec, study, observers=[look]).run()
+    found = now() - begin - SimulatedLauncher.spent[-1]
     states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
     assert states == ["COMPLETE"] * spec.limits.trials, set(states)
     close(study)
-    for spent in SimulatedLauncher.spent:
-        found -= spent
     return found
 
 
@@ -189,11 +226,6 @@ def grow(file: Path, times: int) -> None:
                 moved = columns.replace("trial_id", "trial_id + ?")
                 text = f"INSERT INTO {table} ({columns}) SELECT {moved} FROM {table} WHERE trial_id <= ?"
                 database.execute(text, (move, count))
-
-
-def megabytes() -> float:
-    gc.collect()
-    return psutil.Process().memory_info().rss / 2**20
 
 
 def measure(trials: int, new_url: Callable[[], str] | None, times: int) -> Measured:
