@@ -7,6 +7,7 @@ normalised units) for transformers folders.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pickle
 from abc import abstractmethod
@@ -25,6 +26,7 @@ from evaluation.embedding import PictureEncoder
 from evaluation.metric import Encoder, Encoders, ImageEncoder
 from trainers.cache import Cache, digest
 from trainers.errors import ModelError
+from trainers.face import FaceEmbedder
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Int
     from PIL import Image
     from torch import Tensor
+
+    from trainers.face import Face, FaceConfig
+    from trainers.prompt import Box
 
 log = logging.getLogger(__name__)
 _UNLOADABLE = (
@@ -56,6 +61,7 @@ class ClipEncoders(Encoders):
         self._cache = cache
         self._opened: dict[tuple[Path, Path | None], ClipEncoder] = {}
         self._dinos: dict[Path, ImageEncoder] = {}
+        self._faces: dict[str, FaceEmbedder] = {}
 
     @override
     def clip(self, path: Path, checkpoint: Path | None = None) -> Encoder:
@@ -72,6 +78,29 @@ class ClipEncoders(Encoders):
             kind = TimmDinoEncoder if folder.form == "timm" else TransformersDinoEncoder
             self._dinos[path] = kind(folder, self._device, self._cache)
         return self._dinos[path]
+
+    @override
+    def faces(self, config: FaceConfig) -> FaceEmbedder:
+        key = config.model_dump_json()
+        if key not in self._faces:
+            self._faces[key] = _Remembering(config.open(torch.device("cpu")))
+        return self._faces[key]
+
+
+class _Remembering(FaceEmbedder):
+    """A face embedder that looks at a picture once."""
+
+    def __init__(self, embedder: FaceEmbedder) -> None:
+        self.size = embedder.size
+        self._embedder = embedder
+        self._seen: dict[tuple[str, Box | None], Face | None] = {}
+
+    @override
+    def find(self, image: Image.Image, box: Box | None = None) -> Face | None:
+        key = digest(image.mode, str(image.size), hashlib.sha256(image.tobytes()).hexdigest()), box
+        if key not in self._seen:
+            self._seen[key] = self._embedder.find(image, box)
+        return self._seen[key]
 
 
 class ClipEncoder(PictureEncoder, Encoder):

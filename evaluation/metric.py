@@ -13,6 +13,7 @@ from typing_extensions import override
 from trainers.batch import Source
 from trainers.config import Choice
 from trainers.errors import DataError
+from trainers.face import FaceConfig, FaceEmbedder
 from trainers.prompt import Request, Sample
 
 
@@ -58,6 +59,14 @@ class Encoders(ABC):
 
         Raises:
             ModelError: As `clip`.
+        """
+
+    @abstractmethod
+    def faces(self, config: FaceConfig) -> FaceEmbedder:
+        """The face embedder that `config` asks for; a picture that was seen before is not looked at again.
+
+        Raises:
+            ModelError: Weights or a package are missing.
         """
 
 

@@ -52,6 +52,8 @@ class Standing(Config):
     low: Measured
     """Lower end of the 95 % interval of the difference."""
     high: Measured
+    num_undefined: int = 0
+    """Pictures that it or the winner has no value for; the difference leaves them out, and each value its own."""
 
     @property
     def verdict(self) -> str:
@@ -215,6 +217,7 @@ def stand(contest: Contest, panels: Mapping[str, Panel]) -> Confirmation:
             difference=found.mean,
             low=found.low,
             high=found.high,
+            num_undefined=found.num_undefined,
         )
         for name, found in differences.items()
     )
@@ -226,11 +229,11 @@ def stand(contest: Contest, panels: Mapping[str, Panel]) -> Confirmation:
 def _write_table(contest: Contest, found: Confirmation) -> None:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["contestant", "value", "minus_winner", "low", "high", "verdict"])
+    table.writerow(["contestant", "value", "minus_winner", "low", "high", "verdict", "undefined"])
     for one in found.standings:
         numbers = (one.value, one.difference, one.low, one.high)
         verdict = "winner" if one.trial == found.winner else one.verdict
-        table.writerow([one.name, *(f"{number:.6f}" for number in numbers), verdict])
+        table.writerow([one.name, *(f"{number:.6f}" for number in numbers), verdict, one.num_undefined])
     write_atomically(contest.table, text.getvalue())
 
 

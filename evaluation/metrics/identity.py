@@ -1,4 +1,4 @@
-"""Identity similarity: whether the face that was drawn is that of the prompt's photo."""
+"""Faces: whether one was drawn, and whether it is that of the prompt's photo."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,15 +33,45 @@ class Identity(Metric):
 
     @override
     def open(self, encoders: Encoders, references: Sequence[Source]) -> Scorer:
-        import torch
-
-        from trainers.cache import hash_file
-
         self.check()
-        hashes = [hash_file(file) for file in self.faces.files()]
-        embedder = self.faces.open(torch.device("cpu"))
-        name = str(type(self.faces).model_fields["kind"].default)
-        return _IdentityScorer(embedder, f"{name}@{'-'.join(found[:12] for found in hashes)}")
+        return _IdentityScorer(encoders.faces(self.faces), _name(self.faces))
+
+
+class FaceFound(Metric):
+    """Whether a face is found in a picture, 1 or 0; its mean is the share of pictures with a face.
+
+    Beside `identity`, which says nothing of pictures without one: a trial whose few recognisable faces are right is not
+    a good one.
+    """
+
+    kind: Literal["face_found"] = "face_found"
+    faces: FaceConfig
+
+    @override
+    def check(self) -> None:
+        self.faces.check()
+
+    @override
+    def open(self, encoders: Encoders, references: Sequence[Source]) -> Scorer:
+        self.check()
+        return _FaceFoundScorer(encoders.faces(self.faces), _name(self.faces))
+
+
+def _name(config: FaceConfig) -> str:
+    from trainers.cache import hash_file
+
+    hashes = [hash_file(file) for file in config.files()]
+    return f"{type(config).model_fields['kind'].default}@{'-'.join(found[:12] for found in hashes)}"
+
+
+class _FaceFoundScorer(PictureScorer):
+    def __init__(self, embedder: FaceEmbedder, model: str) -> None:
+        self.model = model
+        self._embedder = embedder
+
+    @override
+    def values(self, samples: Sequence[Sample]) -> list[float]:
+        return [float(self._embedder.find(sample.image) is not None) for sample in samples]
 
 
 class _IdentityScorer(PictureScorer):

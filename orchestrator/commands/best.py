@@ -79,5 +79,8 @@ def _confirmed(spec: StudySpec, trials: Sequence[TrialView]) -> Iterator[str]:
         for one in found.standings:
             before = f" ({in_study[one.trial]:.4f} in the study)" if one.trial is not None else ""
             gap = f"{one.difference:+.4f} ({one.low:+.4f} to {one.high:+.4f}), {one.verdict}"
-            yield f"  {one.name}: {one.value:.4f}{before}: {'wins' if one.trial == found.winner else gap}"
+            lost = f" ({one.num_undefined} pictures without a value left out)" if one.num_undefined else ""
+            yield f"  {one.name}: {one.value:.4f}{before}: {'wins' if one.trial == found.winner else gap}{lost}"
+            if one.trial is None and one.verdict == "better":
+                yield "  no trial is better than the model before training: widen the search, or train differently"
         yield f"the same as a table: {contest.table}; side by side: {contest.picture}"

@@ -8,6 +8,7 @@ from PIL import Image
 from evaluation.metrics.prior_preservation import PriorPreservation
 from evaluation.records import Record, write_records
 from evaluation.statistics import estimate
+from orchestrator.commands.best import _confirmed
 from orchestrator.confirm import Contest, find_contest, fresh_seeds, main, read_confirmation, stand, winning_trial
 from orchestrator.objective import WeightedObjective
 from orchestrator.panels import picture_values
@@ -98,6 +99,14 @@ def test_a_lucky_base_never_wins(tmp_path: Path) -> None:
     assert found.standings[1].verdict == "better"
 
 
+def test_pictures_without_a_value_are_left_out_of_a_difference_and_counted(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    panels = {"trial 1": panel(rng, 0.5), "base": panel(rng, 0.5)}
+    panels["trial 1"]["prompt 0", 0] = panels["base"]["prompt 0", 0] = panels["base"]["prompt 3", 1] = float("nan")
+    found = stand(contest(tmp_path, 1), panels)
+    assert found.standings[1].num_undefined == 2
+
+
 def trial(folder: Path, number: int, value: float | None) -> TrialView:
     state, values = ("FAIL", None) if value is None else ("COMPLETE", [value])
     return TrialView(number, state, {}, values, None, RunDir(folder / f"{number:04d}"), None, None)
@@ -119,6 +128,18 @@ def test_the_winner_is_that_of_the_fresh_seeds_once_they_are_known(tmp_path: Pat
     write_atomically(asked.file, found.model_dump_json())
     winner, value = winning_trial(asked.spec, trials)
     assert (winner.number, value) == (2, 0.7)
+
+
+def test_best_says_so_if_the_model_before_training_is_better(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    asked = contest(tmp_path, 1, 0, 2)
+    trials = [trial(tmp_path, number, value) for number, value in enumerate((0.2, 0.3, 0.1))]
+    panels = {f"trial {number}": panel(rng, 0.2) for number in asked.candidates}
+    for base, expected in ((0.8, True), (0.1, False)):
+        found = stand(asked, panels | {"base": panel(rng, base)})
+        write_atomically(asked.file, found.model_dump_json())
+        text = "\n".join(_confirmed(asked.spec, trials))
+        assert ("no trial is better than the model before training" in text) is expected
 
 
 def test_the_job_judges_candidates_defaults_and_base_and_writes_table_and_pictures(
@@ -151,5 +172,5 @@ def test_the_job_judges_candidates_defaults_and_base_and_writes_table_and_pictur
     assert found is not None
     assert (found.winner, found.num_samples) == (1, 4)
     assert [one.name for one in found.standings] == ["trial 1", "trial 2", "defaults", "base"]
-    assert [row.split(",")[-1] for row in asked.table.read_text().splitlines()] == ["verdict", "winner", *["worse"] * 3]
+    assert [row.split(",")[-2] for row in asked.table.read_text().splitlines()] == ["verdict", "winner", *["worse"] * 3]
     assert asked.picture.is_file()
