@@ -33,7 +33,6 @@ from trainers.rundir import RunDir, thaw
 from trainers.sampling import generate
 from trainers.train import build_accelerator
 
-_FIRST_LINE = (__doc__ or "").splitlines()[0]
 RESULTS = Path(__file__).parent / "results"
 FRESH_SEEDS = (1001, 1002, 1003)
 """That no study's panel uses."""
@@ -139,7 +138,8 @@ def report(name: str, judging: Judging) -> str:
         f"# {name}: learnt and kept\n\n{table}\n\nSeeds of the pictures: {', '.join(map(str, seeds))}. The first "
         f"{SHOWN} prompts of each kind, with the first seed:\n\n![who drew what](learned_{name}.png)\n\n"
         f"`{type(spec.train).__name__}`, {spec.train.steps} steps of {spec.train.batch_size}; two CPU cores; torch "
-        f"{used['torch']}, diffusers {used['diffusers']}. {_FIRST_LINE}\n"
+        f"{used['torch']}, diffusers {used['diffusers']}. `tests/benchmarks/learned.py` says what is measured, the method's page with "
+        "which commands.\n"
     )
     (RESULTS / f"learned_{name}.md").write_text(text, encoding="utf-8")
     return table

@@ -41,7 +41,7 @@ def test_it_survives_a_study_file(open_clip_folder):
         ({"metrics": {"Clip T": {"kind": "clip_text", "model": "/x"}}}, "match pattern"),
         (
             {"metrics": {"x": {"kind": "fid"}}},
-            "unknown kind 'fid'; expected one of aesthetic, clip_image, clip_text, dino, diversity, face_found, identity,",
+            "unknown kind 'fid'; expected one of aesthetic, clip_image, clip_text, dino, diversity, face_found, ",
         ),
         ({"metrics": {"x": {"kind": "clip_text", "model": "x"}}}, "expected a path that begins with"),
         ({"sampler": "ddim"}, "Extra inputs"),
