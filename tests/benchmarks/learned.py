@@ -138,8 +138,8 @@ def report(name: str, judging: Judging) -> str:
         f"# {name}: learnt and kept\n\n{table}\n\nSeeds of the pictures: {', '.join(map(str, seeds))}. The first "
         f"{SHOWN} prompts of each kind, with the first seed:\n\n![who drew what](learned_{name}.png)\n\n"
         f"`{type(spec.train).__name__}`, {spec.train.steps} steps of {spec.train.batch_size}; two CPU cores; torch "
-        f"{used['torch']}, diffusers {used['diffusers']}. `tests/benchmarks/learned.py` says what is measured, the method's page with "
-        "which commands.\n"
+        f"{used['torch']}, diffusers {used['diffusers']}. `tests/benchmarks/learned.py` says what is measured, the "
+        "method's page with which commands.\n"
     )
     (RESULTS / f"learned_{name}.md").write_text(text, encoding="utf-8")
     return table
