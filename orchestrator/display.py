@@ -80,8 +80,9 @@ class Display:
     def update(self, study: StudyView, trials: Sequence[TrialView]) -> None:
         """Show how things are now."""
         running = [trial for trial in trials if trial.state == "RUNNING"]
-        for trial in running:
-            self._progress.setdefault(trial.run.path, _Progress(trial.run)).look()
+        self._progress = {t.run.path: self._progress.get(t.run.path) or _Progress(t.run) for t in running}
+        for progress in self._progress.values():
+            progress.look()
         if self._live is not None:
             self._live.update(self._panel(study, trials, running), refresh=True)
         else:

@@ -75,6 +75,10 @@ class _Child:
     pictures: set[str] | None = None
     """Those that the store had when the first was to be sent; None if it was not asked."""
 
+    def end(self) -> None:
+        """Nothing more is sent that depends on what was: thousands of ended trials are kept in mind."""
+        self.ended, self.tags, self.pictures = True, {}, None
+
     @property
     def sent(self) -> Progress:
         """Up to where the job's events were sent."""
@@ -93,6 +97,9 @@ class Mirror:
         self._parent = self._find_parent(trials)
         runs = self._search(f"tags.`mlflow.parentRunId` = '{self._parent.run_id}'")
         self._children = {int(run.data.tags["trial"]): _child(run) for run in runs}
+        for child in self._children.values():
+            if child.ended:
+                child.end()
         self._num_ended = -1
 
     def update(self, trials: Sequence[TrialView]) -> None:
@@ -130,7 +137,7 @@ class Mirror:
             self._send_outcome(child, trial)
             end = trial.end or trial.start
             self._client.set_terminated(child.run_id, _STATUS[trial.state], end_time=_milliseconds(end))
-            child.ended = True
+            child.end()
         else:
             self._send(child, tags={"state": trial.state, "reason": trial.reason or ""})
 
