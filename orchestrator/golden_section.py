@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from orchestrator.line import Line, Point, point_of, sentences
-from orchestrator.search import FloatParameter, Parameter, Sampler, Value
+from orchestrator.search import Parameter, RealParameter, Sampler, Value
 from trainers.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class LineSampler(Sampler):
 
     def along(self, name: str, space: Mapping[str, Parameter], trials: Sequence[FrozenTrial]) -> Line:
         """The line of parameter `name` that these trials lie on; of trials at one place the first counts."""
-        interval = cast("FloatParameter", space[name])
+        interval = cast("RealParameter", space[name])
         points: dict[float, Point] = {}
         for trial in trials:
             if (point := point_of(trial, name)) is not None:
@@ -190,7 +190,7 @@ class CoordinateSampler(LineSampler):
 
 
 def _is_continuous(parameter: Parameter) -> bool:
-    return isinstance(parameter, FloatParameter) and not parameter.log and parameter.step is None
+    return isinstance(parameter, RealParameter) and not parameter.log and parameter.step is None
 
 
 def _roles(space: Mapping[str, Parameter]) -> tuple[str, str]:

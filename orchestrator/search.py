@@ -60,10 +60,9 @@ class Parameter(Choice):
         """All values, or None if there is no end of them."""
 
 
-class FloatParameter(Parameter):
+class RealParameter(Parameter):
     """A number in [low, high], uniform or uniform in its logarithm, or in steps."""
 
-    kind: Literal["float"] = "float"
     low: FiniteFloat
     high: FiniteFloat
     log: bool = False
@@ -110,6 +109,20 @@ class FloatParameter(Parameter):
             return None
         count = round((self.high - self.low) / self.step) + 1
         return [float(f"{self.low + index * self.step:.12g}") for index in range(count)]  # 0.3, not 0.1 + 2 * 0.1
+
+
+class FloatParameter(RealParameter):
+    """A number; its interval is always told."""
+
+    kind: Literal["float"] = "float"
+
+
+class GuidanceScaleParameter(RealParameter):
+    """A scale of guidance, on an interval that holds whatever helps or harms where none is told."""
+
+    kind: Literal["guidance_scale"] = "guidance_scale"
+    low: FiniteFloat = -10.0
+    high: FiniteFloat = 10.0
 
 
 class IntParameter(Parameter):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from orchestrator.confirm import find_contest, read_confirmation, winning_trial
 from orchestrator.front import feasible
 from orchestrator.ledger import has_study, read_trials
-from orchestrator.search import FloatParameter
+from orchestrator.search import RealParameter
 from orchestrator.tables import read_result, short_names
 from trainers.rundir import write_atomically
 
@@ -140,7 +140,7 @@ def _rank(trial: TrialView) -> tuple[float, float]:
 def _rows(found: Found) -> dict[str, dict[float, TrialView]]:
     """A study's trials along its continuous number, for each value of what else it searches."""
     line = next(
-        (path for path, one in found.spec.search.items() if isinstance(one, FloatParameter) and not one.step), None
+        (path for path, one in found.spec.search.items() if isinstance(one, RealParameter) and not one.step), None
     )
     if line is None:
         return {}

@@ -17,7 +17,7 @@ from scipy import optimize
 from evaluation.records import Record, write_records
 from orchestrator.golden_section import GoldenSectionSampler
 from orchestrator.line import Line, Point, paired_error
-from orchestrator.search import CategoricalParameter, FloatParameter
+from orchestrator.search import CategoricalParameter, FloatParameter, GuidanceScaleParameter
 from tests.orchestrator.cluster import Cluster, drive
 from tests.orchestrator.lines import SCALE, SPACE, Curve, ask, golden_spec, scanned, study_of
 from tests.orchestrator.studies import score
@@ -206,6 +206,12 @@ def test_the_scan_runs_in_parallel_and_golden_section_does_not():
 def test_it_searches_one_continuous_number_only(space: dict[str, Any]):
     with pytest.raises(ValueError, match="exactly one float"):
         GoldenSectionSampler().size(space)
+
+
+def test_a_guidance_scale_is_searched_from_minus_ten_to_ten_where_no_interval_is_told():
+    space = {SCALE: GuidanceScaleParameter()}
+    asked = [place[SCALE] for place in GoldenSectionSampler().missing(space, [])]
+    assert asked == [-10, -6, -2, 2, 6, 10]
 
 
 def judged(run: RunDir, peak: float, spread: float) -> None:

@@ -16,6 +16,7 @@ from orchestrator.search import (
     CategoricalParameter,
     FloatParameter,
     GridSampler,
+    GuidanceScaleParameter,
     IntParameter,
     Parameter,
     QmcSampler,
@@ -28,6 +29,7 @@ from orchestrator.search import (
 PARAMETERS = [
     FloatParameter(low=1e-4, high=1e-2, log=True),
     FloatParameter(low=-1, high=3),
+    GuidanceScaleParameter(),
     FloatParameter(low=0.1, high=0.7, step=0.2),
     IntParameter(low=1, high=128, log=True),
     IntParameter(low=100, high=500, step=100),
