@@ -1,7 +1,8 @@
 """Which trial really is the best? The few best of a study, its defaults and the untrained base on seeds no trial saw.
 
 The largest of many noisy values is partly luck: the best few are scored again, on prompts of the panel with fresh
-seeds, and the best there wins. All draw the same (prompt, seed) pairs: differences are paired.
+seeds, and the best there wins; the defaults too, if they are, but never the base. All draw the same (prompt, seed)
+pairs: differences are paired.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.ending import run_to_end
+from orchestrator.front import feasible
 from orchestrator.launcher import Job
 from orchestrator.lead import die_with_parent
 from orchestrator.panels import picture_values
@@ -67,11 +69,11 @@ class Confirmation(Config):
     """The objective of each contestant on fresh seeds."""
 
     winner: int
-    """Number of the candidate that is the best there."""
+    """Number of the trial that is the best there."""
     num_samples: int
     """Pictures of each contestant."""
     standings: tuple[Standing, ...]
-    """Candidates from the best to the worst on fresh seeds, then the defaults, unless they failed, and the base."""
+    """Trials from the best to the worst on fresh seeds, then who cannot win: defaults that break a bound, the base."""
 
     def evidence(self, contest: Contest) -> Evidence:
         """What trackers are told."""
@@ -86,6 +88,8 @@ class Contest:
     spec: StudySpec
     candidates: tuple[int, ...]
     """From the best to the worst in the study."""
+    defaults_can_win: bool
+    """Whether the first trial was scored and keeps all bounds."""
 
     @property
     def run(self) -> RunDir:
@@ -122,7 +126,8 @@ def find_contest(spec: StudySpec, trials: Sequence[TrialView]) -> Contest:
             found.append(best_trial(spec, left)[0])
         except StorageError:
             break
-    return Contest(spec, tuple(trial.number for trial in found))
+    can_win = any(trial.number == 0 for _, trial in feasible(trials))
+    return Contest(spec, tuple(trial.number for trial in found), can_win)
 
 
 def winning_trial(spec: StudySpec, trials: Sequence[TrialView]) -> tuple[TrialView, float]:
@@ -162,7 +167,8 @@ def read_confirmation(contest: Contest) -> Confirmation | None:
 
 def _run_job(contest: Contest) -> None:
     spec, run = contest.spec, contest.run
-    tree = {"study": spec.model_dump(mode="json"), "candidates": list(contest.candidates)}
+    tree = {"study": spec.model_dump(mode="json"), "candidates": list(contest.candidates),
+            "defaults_can_win": contest.defaults_can_win}  # fmt: skip
     text, digest = freeze(tree)
     write_atomically(run.trial, text)
     judged = tuple(run_dir(spec.root, number).path for number in {0, *contest.candidates})
@@ -201,10 +207,12 @@ def _judge(contest: Contest) -> Confirmation:
 
 
 def stand(contest: Contest, panels: Mapping[str, Panel]) -> Confirmation:
-    """The standings of what was measured, by contestants' names; candidates are `trial N`."""
+    """The standings of what was measured, by contestants' names: `trial N`, `defaults`, `base`."""
     from evaluation.statistics import estimate, paired_difference, rank_panels
 
     numbers: dict[str, int | None] = {f"trial {number}": number for number in contest.candidates}
+    if contest.defaults_can_win and "defaults" in panels:
+        numbers["defaults"] = 0
     ranked = rank_panels({name: panels[name] for name in numbers})
     first = next(iter(ranked))
     others = {name: panel for name, panel in panels.items() if name not in ranked}
@@ -258,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     die_with_parent(os.getppid())
     tree = thaw(RunDir(options.run_dir).trial, options.sha256)
-    contest = Contest(StudySpec.model_validate(tree["study"]), tuple(tree["candidates"]))
+    contest = Contest(StudySpec.model_validate(tree["study"]), tuple(tree["candidates"]), tree["defaults_can_win"])
     found = _judge(contest)
     _write_table(contest, found)
     write_atomically(contest.file, found.model_dump_json(indent=2) + "\n")

@@ -68,9 +68,9 @@ def test_a_score_that_few_prompts_have_counts_in_the_mean_as_it_does_in_the_obje
     assert estimate(found).mean == pytest.approx(expected)
 
 
-def contest(folder: Path, *candidates: int, seeds: int = 2) -> Contest:
-    spec, _ = load_study(STUDY, [f"output={folder}", f"confirm_seeds={seeds}"])
-    return Contest(spec, candidates)
+def contest(folder: Path, *candidates: int, defaults_can_win: bool = True) -> Contest:
+    spec, _ = load_study(STUDY, [f"output={folder}", "confirm_seeds=2"])
+    return Contest(spec, candidates, defaults_can_win)
 
 
 def panel(rng: np.random.Generator, quality: float) -> dict[tuple[str, int], float]:
@@ -83,8 +83,8 @@ def test_the_best_on_fresh_seeds_wins_and_everyone_is_compared_with_it(tmp_path:
     panels = {name: panel(rng, value) for name, value in quality.items()}
     found = stand(contest(tmp_path, 5, 2, 7), panels)
     assert found.winner == 2
-    assert [one.name for one in found.standings] == ["trial 2", "trial 7", "trial 5", "defaults", "base"]
-    assert [one.trial for one in found.standings] == [2, 7, 5, 0, None]
+    assert [one.name for one in found.standings] == ["trial 2", "trial 7", "defaults", "trial 5", "base"]
+    assert [one.trial for one in found.standings] == [2, 7, 0, 5, None]
     for one in found.standings:
         expected = np.mean([panels[one.name][key] - panels["trial 2"][key] for key in panels["base"]])
         assert one.difference == pytest.approx(expected)
@@ -107,6 +107,17 @@ def test_pictures_without_a_value_are_left_out_of_a_difference_and_counted(tmp_p
     assert found.standings[1].num_undefined == 2
 
 
+@pytest.mark.parametrize(("can_win", "winner"), [(True, 0), (False, 1)])
+def test_defaults_that_are_the_best_on_fresh_seeds_win_unless_they_break_a_bound(
+    tmp_path: Path, can_win: bool, winner: int
+) -> None:
+    rng = np.random.default_rng(0)
+    panels = {"trial 1": panel(rng, 0.2), "defaults": panel(rng, 0.8), "base": panel(rng, 0.1)}
+    found = stand(contest(tmp_path, 1, defaults_can_win=can_win), panels)
+    assert found.winner == winner
+    assert next(one for one in found.standings if one.name == "defaults").difference >= 0
+
+
 def trial(folder: Path, number: int, value: float | None) -> TrialView:
     state, values = ("FAIL", None) if value is None else ("COMPLETE", [value])
     return TrialView(number, state, {}, values, None, RunDir(folder / f"{number:04d}"), None, None)
@@ -117,6 +128,8 @@ def test_the_few_best_of_the_study_are_candidates(tmp_path: Path) -> None:
     trials = [trial(tmp_path, number, value) for number, value in enumerate((0.1, 0.8, None, 0.8, 0.9, 0.2))]
     assert find_contest(spec, trials).candidates == (4, 1, 3)
     assert find_contest(spec, trials[:3]).candidates == (1, 0)
+    assert find_contest(spec, trials).defaults_can_win
+    assert not find_contest(spec, trials[1:]).defaults_can_win
 
 
 def test_the_winner_is_that_of_the_fresh_seeds_once_they_are_known(tmp_path: Path) -> None:
@@ -165,7 +178,7 @@ def test_the_job_judges_candidates_defaults_and_base_and_writes_table_and_pictur
         write_records(run.records, records)
 
     monkeypatch.setattr("orchestrator.confirm._draw", draw)
-    text, digest = freeze({"study": asked.spec.model_dump(mode="json"), "candidates": [2, 1]})
+    text, digest = freeze({"study": asked.spec.model_dump(mode="json"), "candidates": [2, 1], "defaults_can_win": True})
     write_atomically(asked.run.trial, text)
     assert main([str(asked.run.path), "--sha256", digest]) == 0
     found = read_confirmation(asked)
