@@ -13,6 +13,7 @@ from orchestrator.command import add_study, add_trials, check, load, out, say_na
 
 if TYPE_CHECKING:
     from orchestrator.plan import Estimate
+    from orchestrator.series import Member
     from orchestrator.spec import StudySpec
 
 TEXT = "Validate a study and show what it would do; start nothing."
@@ -34,8 +35,16 @@ def run(options: argparse.Namespace) -> int:
             out.print(f"waits for {member.waits_for}: what it takes from there is not known yet", soft_wrap=True)
         if len(series.chosen) == 1:
             _show_first(spec)
-        _show(spec)
+        _show(_with_adapter(member, spec))
     return 0
+
+
+def _with_adapter(member: Member, spec: StudySpec) -> StudySpec:
+    """A study that waits for another one's adapter will train nothing."""
+    if not (member.waits_for and member.source and member.source.adapter):
+        return spec
+    trial = spec.trial.model_copy(update={"adapter": member.waits_for})
+    return spec.model_copy(update={"trial": trial})
 
 
 def _show_first(spec: StudySpec) -> None:
@@ -57,9 +66,11 @@ def _show(spec: StudySpec) -> None:
         table.add_column(column)
     for path, value in spec.defaults().items():
         parameter = spec.search[path]
-        values = ", ".join(f"{k}={v}" for k, v in parameter.model_dump(exclude={"kind"}, exclude_defaults=True).items())
+        options = parameter.model_dump(exclude={"kind"}).items()
+        values = ", ".join(f"{name}={one}" for name, one in options if one is not None and one is not False)
         table.add_row(path, parameter.model_dump()["kind"], values, str(value))
-    out.print(table)
+    if spec.search:
+        out.print(table)
     for note in find_beginning(spec).notes if not has_study(spec) else ():
         out.print(note, soft_wrap=True, markup=False, highlight=False)
     _print_estimate(spec, needed)

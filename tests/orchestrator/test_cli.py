@@ -148,6 +148,11 @@ def test_too_little_disk_is_refused(call: Any, world: Path, monkeypatch: pytest.
     assert "to compute" in call("plan", str(world)).out
 
 
+def test_plan_shows_an_interval_that_was_not_told(call: Any, world: Path):
+    search = "search={evaluate.guidance.scale: {kind: guidance_scale}}"
+    assert "low=-10.0, high=10.0" in call("plan", str(world), "--set", search).out
+
+
 def test_too_little_memory_is_refused(call: Any, world: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(plan, "_PROCESS_BYTES", 2**60)
     refused(call("run", str(world)), "of memory; expected", "fewer processes")

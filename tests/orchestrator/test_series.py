@@ -264,7 +264,9 @@ class TestStages:
         path = write(self.TREE)
         sets = ("--set", "launcher={kind: fake, poll_seconds: 1e-6}")
         assert main(["plan", str(path)]) == 0
-        assert "waits for" in capfd.readouterr().out
+        planned = capfd.readouterr().out
+        counts = {text: planned.count(text) for text in ("waits for", "search space", "nothing is trained")}
+        assert counts == {"waits for": 2, "search space": 2, "nothing is trained": 1}
         assert main(["run", str(path), *sets]) == 0
         search, full, guidance = (member.load()[0] for member in load_series(path).members)
         winner = json.loads((search.root / WINNER).read_text())
