@@ -4,9 +4,10 @@
     python -m tests.benchmarks.guidance_regret table FOLDER
 
 An adapter is trained for each subject, once. The scale is searched on [-2, 10] as a study does it (a scan of six
-points, then golden section, 14 evaluations at most) on the search's seed. A dense grid, one scale every 0.5, and what
-was found are then drawn with a seed that no search has seen. Regret is how far the found scale is below the best of the
-grid there; since the grid's best is chosen by the very pictures that judge it, chance is on its side.
+points, then golden section, 14 evaluations at most) on the search's three seeds. A dense grid, one scale every 0.5, and
+what was found are then drawn with a seed that no search has seen. Regret is how far the found scale is below the best
+of the grid there; since the grid's best is chosen by the very pictures that judge it, chance is on its side. So both
+are drawn once more with two seeds that have chosen neither: the fair regret.
 
 Every search is made twice: by pixel truth, which no real study has, and by the study's scores. Autoguidance's inner
 scale is what the search of classifier-free guidance found by the scores. FOLDER, which is not in the repository, keeps
@@ -17,6 +18,7 @@ import argparse
 import json
 import platform
 import random
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,8 +52,12 @@ LOW, HIGH, STEP = -2.0, 10.0, 0.5
 GRID = [float(x) for x in np.arange(LOW, HIGH + STEP / 2, STEP)]
 SCAN, MAX_POINTS = 6, 14
 """The sampler's defaults."""
-SEARCHED, FRESH = 0, 100
-"""Seeds of the pictures that the search sees, and of those that judge it."""
+SEARCHED, FRESH = (0, 1, 2), (100,)
+"""Seeds of the pictures that the search sees, and of those that choose the grid's best."""
+FAIR = (200, 201)
+"""Seeds that neither the search nor the choice of the grid's best has seen."""
+UNSEEN = (*FRESH, *FAIR)
+"""By the search."""
 KINDS = {"zog": ("cfg", "wig", "autoguidance"), "wug": ("cfg", "wig", "autoguidance")}
 """Of the first two subjects; the others have classifier-free guidance alone."""
 OBJECTIVES = ("truth", "scores")
@@ -82,13 +88,23 @@ class Judge:
             write_atomically(self._file, json.dumps(self._known))
         return self._known[key]
 
-    def search(self, kind: str, objective: str, inner: float | None = None) -> tuple[Point, int]:
+    def search(self, kind: str, objective: str) -> tuple[Point, int]:
         """The best evaluated scale, and how many were evaluated."""
         points: list[Point] = []
         while wanted := Line(LOW, HIGH, SCAN, MAX_POINTS, None, tuple(points)).missing():
-            panel = self.values(kind, wanted[0], SEARCHED, inner)[objective]
-            points.append(Point(wanted[0], float(np.mean(panel)), tuple(panel)))
+            points.append(self.point(kind, objective, wanted[0], SEARCHED))
         return Line(LOW, HIGH, SCAN, MAX_POINTS, None, tuple(points)).best(), len(points)
+
+    def point(self, kind: str, objective: str, scale: float, seeds: Sequence[int]) -> Point:
+        """A scale on some seeds; a prompt's value is the mean over them."""
+        inner = self.inner(kind)
+        drawn = [self.values(kind, scale, seed, inner)[objective] for seed in seeds]
+        panel = tuple(float(value) for value in np.mean(drawn, axis=0))
+        return Point(scale, float(np.mean(panel)), panel)
+
+    def best_of_grid(self, kind: str, objective: str) -> Point:
+        """The best scale of the grid on the judge's seed."""
+        return max((self.point(kind, objective, x, FRESH) for x in GRID), key=lambda one: one.value)
 
     def inner(self, kind: str) -> float | None:
         """What autoguidance's models are guided by inside."""
@@ -174,14 +190,13 @@ def run(folder: Path, subjects: Sequence[str]) -> None:
     """Every evaluation that is not yet in the folder."""
     for subject in subjects:
         judge = Judge(folder / subject, subject)
+        judge.point("cfg", OBJECTIVES[0], 1.0, UNSEEN)
         for kind in kinds(subject):
-            inner = judge.inner(kind)
             for objective in OBJECTIVES:
-                best, count = judge.search(kind, objective, inner)
-                judge.values(kind, best.x, FRESH, inner)
-                print(f"{subject} {kind} by {objective}: {best.x:.2f} of {count} evaluations", flush=True)
-            for scale in GRID:
-                judge.values(kind, scale, FRESH, inner)
+                found, count = judge.search(kind, objective)
+                print(f"{subject} {kind} by {objective}: {found.x:.2f} of {count} evaluations", flush=True)
+                judge.point(kind, objective, found.x, UNSEEN)
+                judge.point(kind, objective, judge.best_of_grid(kind, objective).x, FAIR)
 
 
 @dataclass(frozen=True)
@@ -199,24 +214,23 @@ class Row:
     regret: float
     error: float
     """Paired standard error of the regret."""
+    fair: float
+    """The regret on pictures that have chosen neither scale."""
+    fair_error: float
     panel: Panel
-    """What was found, on fresh seeds."""
+    """What was found, on all seeds that the search has not seen."""
     inner: float | None
 
 
 def row(judge: Judge, kind: str, objective: str) -> Row:
     """Compare what was found with the grid."""
-    inner = judge.inner(kind)
-    found, count = judge.search(kind, objective, inner)
-
-    def point(scale: float) -> Point:
-        panel = judge.values(kind, scale, FRESH, inner)[objective]
-        return Point(scale, float(np.mean(panel)), tuple(panel))
-
-    best, ours = max(map(point, GRID), key=lambda one: one.value), point(found.x)
+    found, count = judge.search(kind, objective)
+    best, ours = judge.best_of_grid(kind, objective), judge.point(kind, objective, found.x, FRESH)
+    theirs, mine = (judge.point(kind, objective, scale, FAIR) for scale in (best.x, found.x))
     return Row(
         judge.subject, kind, objective, found.x, count, best.x, ours.value, best.value - ours.value,
-        paired_error(best, ours) or 0.0, {(str(i), 0): value for i, value in enumerate(ours.panel)}, inner,
+        paired_error(best, ours) or 0.0, theirs.value - mine.value, paired_error(theirs, mine) or 0.0,
+        _panel(judge.point(kind, objective, found.x, UNSEEN)), judge.inner(kind),
     )  # fmt: skip
 
 
@@ -226,7 +240,8 @@ def write(folder: Path) -> None:
     rows = [
         row(judges[name], kind, by) for by in OBJECTIVES for name in SUBJECTS if name in judges for kind in kinds(name)
     ]
-    panel = f"{len(wanted_scenes('zog'))} prompts with one seed for searching and another for judging"
+    prompts = len(wanted_scenes("zog"))
+    panel = f"{prompts} prompts; {len(SEARCHED)} seeds for searching, one for the grid, {len(FAIR)} for the fair regret"
     text = [
         "# Regret of guidance search",
         "",
@@ -234,20 +249,29 @@ def write(folder: Path) -> None:
         f"miniature family, LoRA of rank 8, {TRAINING_STEPS} steps; pictures in {SAMPLING['steps']} steps;",
         f"{panel}; a grid of {len(GRID)} scales. The script says more.",
         "",
-        "| judged by | subject | guidance | found | evaluations | grid's best | value | regret | its error | within |",
-        "| --- | --- | --- | --: | --: | --: | --: | --: | --: | --- |",
+        "Regret is the value of the grid's best scale minus that of the found one, on the pictures that chose the",
+        "grid's best: the luckiest of all scales, so it is rarely below 0. Fair regret is the same difference on",
+        "pictures that have chosen neither; below 0 the found scale is the better one. Of equally good scales, five in",
+        "six are within one standard error.",
+        "",
+        "| judged by | subject | guidance | found | evaluations | grid's best | value | regret | its error | within "
+        "| fair regret | its error | within |",
+        "| --- | --- | --- | --: | --: | --: | --: | --: | --: | --- | --: | --: | --- |",
         *(
             f"| {one.objective} | {one.subject} | {one.kind} | {one.found:.2f} | {one.count} | {one.best:g} | "
-            f"{one.value:.3f} | {one.regret:+.4f} | {one.error:.4f} | {'yes' if one.regret <= one.error else 'no'} |"
+            f"{one.value:.3f} | {one.regret:+.4f} | {one.error:.4f} | {_within(one.regret, one.error)} | "
+            f"{one.fair:+.4f} | {one.fair_error:.4f} | {_within(one.fair, one.fair_error)} |"
             for one in rows
         ),
         "",
-        f"{sum(one.regret <= one.error for one in rows)} of {len(rows)} searches are within one standard error.",
+        f"{sum(one.regret <= one.error for one in rows)} of {len(rows)} searches are within one standard error where "
+        "the grid's best is chosen by the pictures that judge it, "
+        f"{sum(one.fair <= one.fair_error for one in rows)} where other pictures judge both.",
         "",
         "## The three kinds",
         "",
-        "At the scale that each search found, on the fresh seed; differences are paired by prompt, with their 95 %",
-        "intervals. Arrows: the interval lies above or below 0.",
+        f"At the scale that each search found, on the {len(UNSEEN)} seeds that it has not seen; differences are paired",
+        "by prompt, with their 95 % intervals. Arrows: the interval lies above or below 0.",
         "",
         "| judged by | subject | guidance | scale | value | minus no guidance | minus cfg |",
         "| --- | --- | --- | --: | --: | --: | --: |",
@@ -258,16 +282,25 @@ def write(folder: Path) -> None:
     print("\n".join(text))
 
 
+def _within(regret: float, error: float) -> str:
+    return "yes" if regret <= error else "no"
+
+
 def _compared(judge: Judge, one: Row, rows: Sequence[Row]) -> str:
     """One kind's best next to no guidance and to classifier-free guidance."""
-    plain = judge.values("cfg", 1.0, FRESH)[one.objective]
     free = next(r for r in rows if (r.subject, r.kind, r.objective) == (one.subject, "cfg", one.objective))
-    cells = [_difference(one.panel, {(str(i), 0): value for i, value in enumerate(plain)})]
+    cells = [_difference(one.panel, _panel(judge.point("cfg", one.objective, 1.0, UNSEEN)))]
     cells.append("" if one is free else _difference(one.panel, free.panel))
     name = one.kind if one.inner is None else f"{one.kind} (cfg {one.inner:.2f} inside)"
     return (
-        f"| {one.objective} | {one.subject} | {name} | {one.found:.2f} | {one.value:.3f} | " + " | ".join(cells) + " |"
+        f"| {one.objective} | {one.subject} | {name} | {one.found:.2f} | {statistics.fmean(one.panel.values()):.3f} | "
+        + " | ".join(cells)
+        + " |"
     )
+
+
+def _panel(point: Point) -> Panel:
+    return {(str(i), 0): value for i, value in enumerate(point.panel)}
 
 
 def _difference(ours: Panel, theirs: Panel) -> str:

@@ -1,6 +1,6 @@
 """What a guidance evaluation costs: pictures in batches of one call a step, next to one picture at a time.
 
-    python -m tests.benchmarks.guidance_speed FOLDER [--models sdxl sd sana] [--rounds 3]
+    python -m tests.benchmarks.guidance_speed FOLDER [--models sdxl sd sana] [--rounds 3] [--parts tables rows]
 
 Pictures of one adapter are drawn in several ways, in turns, on one thread:
 
@@ -9,15 +9,16 @@ Pictures of one adapter are drawn in several ways, in turns, on one thread:
   call of its own to a model of its own (so no time goes into switching adapters), and one picture is decoded;
 - stock: diffusers' pipeline with the adapter, called once for each picture; classifier-free guidance alone.
 
-Then every kind of guidance draws in batches of several sizes. The adapter's weights are random: time does not depend on
-them. FOLDER, which is not in the repository, keeps what was measured of each model; the table of all of them goes to
-tests/benchmarks/results/guidance_speed.md.
+Then every kind of guidance draws in batches of several sizes. Last, weight-interpolated and classifier-free guidance
+are compared at 16 rows by the processor's time, which other work on the machine changes little: in turns, in both
+orders. The adapter's weights are random: time does not depend on them. FOLDER, which is not in the repository, keeps
+what was measured of each model; the table of all of them goes to tests/benchmarks/results/guidance_speed.md.
 """
 
 import argparse
 import platform
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,6 +57,7 @@ BATCH = 16
 BATCHES = (1, 8, 32)
 STEPS = 10
 STAGES = ("encode", "denoise", "decode", "all")
+ROWS, ROUNDS_OF_ROWS = 16, 8
 
 
 @dataclass
@@ -220,6 +222,25 @@ def compare(name: str, rounds: int) -> list[str]:
     return [f"## {name}", "", *_ways(apart), "", *_sizes(batched)]
 
 
+def compare_rows(name: str) -> str:
+    """A line: what a row of its own scale costs, by the processor; medians, and of the ratio of each round."""
+    cfg, wig = (GUIDANCES[kind] for kind in ("cfg", "wig, omega 0.3"))
+    seconds: list[tuple[float, float]] = []
+    with TemporaryDirectory() as folder:
+        contest = Contest(name, Path(folder))
+        for number in range(ROUNDS_OF_ROWS + 1):
+            spent: dict[str, float] = {}
+            for guidance in (cfg, wig) if number % 2 else (wig, cfg):
+                started = time.process_time()
+                contest.ours(guidance, ROWS // 2, ROWS // 2)
+                spent[guidance.model_dump()["kind"]] = (time.process_time() - started) * 1000 / (ROWS // 2)
+            seconds.append((spent["cfg"], spent["wig"]))
+    counted = seconds[1:]  # the first warms up
+    plain, own = (median(column) for column in zip(*counted, strict=True))
+    ratios = sorted(theirs / ours for ours, theirs in counted)
+    return f"| {name} | {plain:.0f} | {own:.0f} | {median(ratios):.3f} | {ratios[0]:.3f} to {ratios[-1]:.3f} |"
+
+
 def _ways(apart: Mapping[str, Mapping[str, float]]) -> list[str]:
     lines = [
         "| guidance | way | pictures/s | ours is faster by | encoding, ms | denoiser, ms | decoding, ms | all, ms |",
@@ -247,18 +268,34 @@ def _sizes(batched: Mapping[str, Mapping[str, float]]) -> list[str]:
     return lines
 
 
+def _rows(files: Sequence[Path]) -> list[str]:
+    return [
+        f"## {ROWS} rows, by the processor",
+        "",
+        f"Milliseconds of the processor a picture, medians of {ROUNDS_OF_ROWS} rounds in turns, in both orders.",
+        "",
+        "| model | cfg | wig, omega 0.3 | wig / cfg in a round, median | least to most |",
+        "| --- | --: | --: | --: | --- |",
+        *(file.read_text(encoding="utf-8").strip() for file in files if file.exists()),
+    ]
+
+
 def main() -> None:
     """Measure what is asked for, and write the tables of all that was."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where what was measured is kept")
     parser.add_argument("--models", nargs="*", choices=tuple(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="*", choices=("tables", "rows"), default=["tables", "rows"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name in arguments.models:
-        tables = "\n".join(compare(name, arguments.rounds))
-        (arguments.folder / f"{name}.md").write_text(tables + "\n", encoding="utf-8")
+        if "tables" in arguments.parts:
+            tables = "\n".join(compare(name, arguments.rounds))
+            (arguments.folder / f"{name}.md").write_text(tables + "\n", encoding="utf-8")
+        if "rows" in arguments.parts:
+            (arguments.folder / f"{name}-rows.txt").write_text(compare_rows(name) + "\n", encoding="utf-8")
     measured = [arguments.folder / f"{name}.md" for name in CONFIGS]
     text = [
         "# Speed of guidance",
@@ -269,6 +306,7 @@ def main() -> None:
         f"are a picture's; ours in the first table of a model is in batches of {BATCH}. The script describes the ways.",
         "",
         *(file.read_text(encoding="utf-8") for file in measured if file.exists()),
+        *_rows([arguments.folder / f"{name}-rows.txt" for name in CONFIGS]),
     ]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "guidance_speed.md").write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
