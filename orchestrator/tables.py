@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.table import Table
 from orchestrator.failures import describe, read_failure
 from orchestrator.front import front
 from trainers.errors import ConfigError, StorageError
+from trainers.finished import LORA_FILE
 from trainers.rundir import RunDir, RunResult, write_atomically
 
 if TYPE_CHECKING:
@@ -109,7 +111,8 @@ def won(spec: StudySpec, trials: Sequence[TrialView]) -> list[TrialView]:
 def write_best(spec: StudySpec, winners: Sequence[TrialView]) -> tuple[Path, Mapping[str, Any]]:
     """Write `best_params.yaml` into the study's folder; return its path and content.
 
-    Of one value, it describes the winner; of several, `front` is a list of such descriptions.
+    Of one value, it describes the winner; of several, `front` is a list of such descriptions. `draw` is the command
+    that draws with all of it, guidance too; `use` loads an adapter into a plain pipeline of diffusers, where that can.
     """
     described = [_described(spec, winner) for winner in winners]
     content = described[0] if len(spec.objective.names) == 1 else {"front": described}
@@ -123,6 +126,8 @@ def _described(spec: StudySpec, winner: TrialView) -> dict[str, Any]:
     result = read_result(winner.run)
     scores = result.scores if result else {}
     values = dict(zip(spec.objective.names, winner.values or (), strict=True))
+    adapter = winner.run.adapter
+    loads = {"use": f"pipeline.load_lora_weights({str(adapter)!r})"} if (adapter / LORA_FILE).is_file() else {}
     return {
         "trial": winner.number,
         **(values if len(values) == 1 else {"values": values}),
@@ -130,9 +135,10 @@ def _described(spec: StudySpec, winner: TrialView) -> dict[str, Any]:
         "scores": {
             name: {"mean": score.mean, "standard_error": score.standard_error} for name, score in scores.items()
         },
-        "adapter": str(winner.run.adapter),
+        "adapter": str(adapter),
         "frozen_trial": str(winner.run.trial),
-        "use": f"pipeline.load_lora_weights({str(winner.run.adapter)!r})",
+        "draw": shlex.join(["python", "-m", "orchestrator", "generate", str(winner.run.path)]),
+        **loads,
     }
 
 

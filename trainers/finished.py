@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from trainers.tuning import TunedConfig
 
-_LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 _DOWN = re.compile(r"\.lora(?:_A|\.down)\.weight$")
 _UP = re.compile(r"\.lora(?:_B|\.up)\.weight$")
 
@@ -36,9 +36,9 @@ def check_finished(config: TunedConfig, folder: Path, *, any_size: bool = False)
     if config.lora is None:
         _check_network(folder / denoiser, shapes)
         return
-    file = folder / _LORA_FILE
+    file = folder / LORA_FILE
     if not file.is_file():
-        raise ModelError(f"{folder}: no {_LORA_FILE}; expected an adapter as training exports it")
+        raise ModelError(f"{folder}: no {LORA_FILE}; expected an adapter as training exports it")
     adapted = {
         name.removeprefix(f"{denoiser}."): shape for name, shape in read_shapes(file) if name.startswith(f"{denoiser}.")
     }

@@ -64,8 +64,10 @@ def show(spec: StudySpec) -> None:
         out.print(f"  {name}: {score['mean']:.4f} ± {score['standard_error']:.4f}")
     for line in _confirmed(spec, trials):
         out.print(line, soft_wrap=True, markup=False)
-    for line in (f"adapter: {content['adapter']}", f"use it:  {content['use']}", f"written: {path}"):
-        out.print(line, soft_wrap=True, markup=False)
+    for key in ("adapter", "draw", "use"):
+        if key in content:
+            out.print(f"{key + ':':8} {content[key]}", soft_wrap=True, markup=False)
+    out.print(f"written: {path}", soft_wrap=True, markup=False)
 
 
 def _confirmed(spec: StudySpec, trials: Sequence[TrialView]) -> Iterator[str]:

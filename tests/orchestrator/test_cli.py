@@ -24,6 +24,7 @@ from orchestrator.storage import controller_lock, open_study
 from orchestrator.tables import short_names
 from orchestrator.views import run_dir, trial_views
 from tests.orchestrator.studies import TREE, build_world, load, score
+from trainers.finished import LORA_FILE
 from trainers.rundir import RunError
 
 COMMANDS = ("run", "plan", "status", "best", "replay", "cancel", "submit", "move", "ui", "evaluate", "generate")
@@ -269,9 +270,15 @@ def test_parameters_are_named_by_as_few_words_as_tell_them_apart():
 
 def test_best_writes_the_winner(call: Any, world: Path):
     finish(world.parent, 0.1, 0.3, 0.2, 0.3)
+    best = run_dir(load(world.parent).root, 1)
     answer = call("best", str(world))
     assert answer.code == 0
     assert "trial 1 is best: value 0.3" in answer.out
+    assert f"generate {best.path}" in answer.out
+    assert "load_lora_weights" not in answer.out  # there is no such file
+    best.adapter.mkdir()
+    (best.adapter / LORA_FILE).touch()
+    assert "load_lora_weights" in call("best", str(world)).out
     content = yaml.safe_load((world.parent / "runs" / "t" / "best_params.yaml").read_text())
     assert content["trial"] == 1
     assert content["scores"]["clip_t"] == {"mean": 0.3, "standard_error": 0.01}
