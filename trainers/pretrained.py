@@ -227,6 +227,15 @@ class PretrainedConfig(BackboneConfig):
         return (self.folder(component) / "config.json", *self.weight_files(component))
 
 
+def _pipeline_of(folder: Path) -> str:
+    """What else a model folder is, if it says so."""
+    try:
+        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f" of train.backbone.kind, and model_index.json says {name}"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a model folder.
 
@@ -234,7 +243,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: It is missing or broken.
     """
     if not path.is_file():
-        raise ModelError(f"{path}: no such file; expected a whole model folder")
+        raise ModelError(f"{path}: no such file; expected a whole model folder{_pipeline_of(path.parent.parent)}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

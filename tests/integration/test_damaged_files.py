@@ -92,3 +92,8 @@ def test_a_damaged_file_of_a_model_is_named_in_one_line(tmp_path: Path, model: s
     message = str(raised.value)
     assert "\n" not in message
     assert file.name in message
+
+
+def test_a_folder_of_another_model_is_called_by_its_name() -> None:
+    with pytest.raises(ModelError, match=r"model_index\.json says StableDiffusionPipeline"):
+        SanaConfig(path=WEIGHTS / "sd").check()
