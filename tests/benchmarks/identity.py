@@ -64,8 +64,8 @@ ROWS = {
     "found": "faces found",
     "kept": "plain things, 0 to 1",
 }
-_SEED = 4711
-"""Of people that nobody has trained on."""
+_SEED = 4712
+"""Of people that nobody has trained on, and no setting was chosen by."""
 _WHO = ("base", "PhotoMaker", "trained")
 
 
