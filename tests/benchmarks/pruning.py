@@ -22,7 +22,7 @@ from statistics import fmean
 
 import pandas as pd
 
-from orchestrator.pruners import AshaPruner, Curve, MedianPruner, NoPruner, PercentilePruner, Pruner
+from orchestrator.pruners import AshaPruner, Curve, HyperbandPruner, MedianPruner, NoPruner, PercentilePruner, Pruner
 
 RESULTS = Path(__file__).parent / "results"
 WEIGHTS = {"clip_i": 1.0, "clip_t": 1.0, "aesthetic": 0.1}
@@ -40,6 +40,8 @@ PRUNERS: dict[str, Pruner] = {
     "asha, eta 2": AshaPruner(min_steps=THIRD, eta=2),
     "asha, eta 3": AshaPruner(min_steps=THIRD, eta=3),
     "asha, eta 4": AshaPruner(min_steps=THIRD, eta=4),
+    "hyperband, eta 2": HyperbandPruner(min_steps=THIRD, max_steps=WHOLE, eta=2),
+    "hyperband, eta 3": HyperbandPruner(min_steps=THIRD, max_steps=WHOLE, eta=3),
 }
 
 
@@ -141,6 +143,7 @@ def main() -> None:
         "orders with one report after a third of the training (the script says how, and what the curves are). Loss is",
         "of the objective `clip_i + clip_t + 0.1 aesthetic`: the best trial's minus the best finished one's. The last",
         "column is the same two trials' difference by pixel truth (0 to 1), which no pruner sees; below 0 is luck.",
+        "`wilcoxon` is missing: it compares prompt by prompt, and the grids keep the mean over prompts alone.",
         "",
         *table("zog"),
         *table("nuvo"),
