@@ -53,9 +53,9 @@ def write_summary(series: Series) -> list[Path]:
     written: list[Path] = []
     for stage, group in stages.items():
         ending = f"-{stage}" if stage else ""
-        table = series.root / f"summary{ending}.csv"
-        write_atomically(table, _table(group))
-        written.append(table)
+        file = series.root / f"summary{ending}.csv"
+        write_atomically(file, table(group))
+        written.append(file)
         if pictures := strip(group):
             from evaluation.grid import draw_grid
 
@@ -78,7 +78,8 @@ def _find(member: Member) -> Found | None:
     return Found(member.subject or member.name, spec, scored, winner, value)
 
 
-def _table(group: Sequence[Found]) -> str:
+def table(group: Sequence[Found]) -> str:
+    """A line of CSV for each study: its winner, what it scored, and what fresh seeds said of it."""
     rows = [dict(_row(found)) for found in group]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
@@ -100,6 +101,8 @@ def _row(found: Found) -> Iterator[tuple[str, object]]:
         yield f"{name} standard error", score.standard_error
     confirmation = read_confirmation(find_contest(found.spec, found.scored))
     for one in confirmation.standings if confirmation else ():
+        if one.trial == found.winner.number:
+            yield "value on fresh seeds", one.value
         name = {None: "base", 0: "defaults"}.get(one.trial)
         if name and one.trial != found.winner.number:
             yield from {
@@ -112,16 +115,17 @@ def _row(found: Found) -> Iterator[tuple[str, object]]:
 def strip(group: Sequence[Found]) -> Mapping[tuple[str, str], Path]:
     """Picture files by row and column: the searched number across, subjects down, each row's best at the end.
 
-    A row has the first prompt's first picture, and its label says where its best lies: the study's winner where that is
-    in the row. Where rows have been judged at different places, the columns are the places that all of them have in
-    common.
+    A row has the first prompt's first picture, and its label says which prompt that is and where its best lies: the
+    study's winner where that is in the row. Where rows have been judged at different places, the columns are the places
+    that all of them have in common.
     """
     rows: dict[str, tuple[dict[float, TrialView], float]] = {}
     for found in group:
         for label, places in _rows(found).items():
             won = [x for x, trial in places.items() if trial.number == found.winner.number]
             best = won[0] if won else max(places, key=lambda x: _rank(places[x]))
-            rows[f"{label}, best {best:.3g}"] = places, best
+            prompt = found.spec.trial.evaluate.all_prompts[0]
+            rows[f"{label}, best {best:.3g}: {prompt}"] = places, best
     common = sorted(set[float].intersection(*(set(places) for places, _ in rows.values()))) if rows else []
     pictures: dict[tuple[str, str], Path] = {}
     for label, (places, best) in rows.items():

@@ -1,5 +1,6 @@
-"""The strip of pictures: the searched number across, subjects down, the best at the end."""
+"""The table of winners, and the strip of pictures: the searched number across, subjects down, the best at the end."""
 
+import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from orchestrator.confirm import Confirmation, Standing, find_contest
 from orchestrator.spec import StudySpec
-from orchestrator.summary import Found, strip
+from orchestrator.summary import Found, strip, table
 from orchestrator.tracker import TrialView
 from orchestrator.views import run_dir
 from tests.orchestrator.studies import TREE, load
+from trainers.rundir import write_atomically
 
 SCALE, OMEGA = "evaluate.guidance.scale", "evaluate.guidance.omega"
 
@@ -44,7 +47,10 @@ def found(spec: StudySpec, trials: list[TrialView], winner: int) -> Found:
 
 
 def numbers(pictures: Mapping[tuple[str, str], Path]) -> dict[tuple[str, str], int]:
-    return {place: int(file.parents[1].name) for place, file in pictures.items()}
+    """Trials by row, but for the prompt that it names, and column."""
+    prompt = TREE["trial"]["evaluate"]["prompts"][0]
+    assert all(row.endswith(f": {prompt}") for row, _ in pictures)
+    return {(row.partition(":")[0], column): int(file.parents[1].name) for (row, column), file in pictures.items()}
 
 
 def test_rows_have_the_places_that_all_share_and_the_winner_at_the_end(tmp_path: Path):
@@ -75,3 +81,19 @@ def test_of_two_numbers_each_line_is_a_row_whose_best_keeps_all_bounds(tmp_path:
 def test_a_study_that_searches_no_continuous_number_has_no_strip(tmp_path: Path):
     spec = study(tmp_path, "r", search={"train.lora.rank": {"kind": "categorical", "choices": [4, 8, 16]}})
     assert strip([found(spec, judged(spec, {(4,): 0.5}), 0)]) == {}
+
+
+def test_the_table_has_the_winners_value_and_gains_on_fresh_seeds(tmp_path: Path):
+    spec = study(tmp_path, "a")
+    trials = judged(spec, {(5.0,): 0.8, (-10.0,): 0.9})
+    standings = (
+        Standing(name="trial 1", trial=1, value=0.6, difference=0, low=0, high=0),
+        Standing(name="trial 0", trial=0, value=0.5, difference=-0.1, low=-0.3, high=0.2),
+        Standing(name="base", trial=None, value=0.25, difference=-0.35, low=-0.5, high=-0.2),
+    )
+    fresh = Confirmation(winner=1, num_samples=4, standings=standings)
+    write_atomically(find_contest(spec, trials).file, fresh.model_dump_json())
+    (row,) = csv.DictReader(table([found(spec, trials, 1)]).splitlines())
+    assert (row["value"], row["value on fresh seeds"]) == ("0.9", "0.6")
+    assert (row["gain over defaults"], row["defaults low"], row["defaults high"]) == ("0.1", "-0.2", "0.3")
+    assert (row["gain over base"], row["base low"], row["base high"]) == ("0.35", "0.2", "0.5")
