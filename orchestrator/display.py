@@ -174,7 +174,8 @@ def _values(trial: TrialView) -> str:
 
 
 def _params(trial: TrialView) -> str:
-    return ", ".join(f"{path.rpartition('.')[2]}={_shown(value)}" for path, value in trial.params.items())
+    told = ", ".join(f"{path.rpartition('.')[2]}={_shown(value)}" for path, value in trial.params.items())
+    return told or "the defaults"
 
 
 def _shown(value: Any) -> str:

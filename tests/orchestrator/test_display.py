@@ -52,6 +52,15 @@ def test_without_a_terminal_every_change_of_state_is_one_line(study: FakeStudy) 
     ]
 
 
+def test_a_trial_of_a_study_without_a_search_has_the_defaults(study: FakeStudy) -> None:
+    screen = console(terminal=False)
+    study.start()
+    study.trials[0] = replace(study.trials[0], params={})
+    with Display(screen, now=lambda: MORNING) as display:
+        display.update(study.view, study.trials)
+    assert "trial 0 started: the defaults" in written(screen)
+
+
 def test_without_a_terminal_progress_is_said_now_and_then(study: FakeStudy) -> None:
     screen, clock = console(terminal=False), Clock()
     with Display(screen, clock, lambda: MORNING) as display:
