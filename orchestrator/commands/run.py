@@ -52,22 +52,21 @@ def _run_all(series: Series) -> None:
     from orchestrator.storage import controller_lock
     from orchestrator.summary import write_summary
 
-    failed: dict[str, ProjectError] = {}
+    failed: list[str] = []
     with controller_lock(series.root):
         for member in series.chosen:
             say_name(series, member.name)
             try:
                 _run(member)
             except ProjectError as error:
-                failed[member.name] = error
+                failed.append(member.name)
                 err.print(f"{member.name}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         for file in write_summary(series):
             out.print(f"written: {file}", soft_wrap=True, markup=False)
     if failed:
-        name, error = next(iter(failed.items()))
         raise StudyStoppedError(
-            f"{series.root}: got {len(failed)} of {len(series.chosen)} studies that have not ended, the first of them "
-            f"{name}: {error}"
+            f"{series.root}: got {len(failed)} of {len(series.chosen)} studies that have not ended, for the reasons "
+            f"above: {', '.join(failed)}"
         )
 
 
