@@ -1,7 +1,10 @@
 """Ten thousand trials, 256 at a time: the real controller, the real database, and jobs that end at their third poll.
 
     python -m tests.benchmarks.scale [--database postgresql] [--trials 1000 10000]
-    python -m tests.benchmarks.scale --trials 200 --grow 50     # a resume of 10,000 without running them all
+    python -m tests.benchmarks.scale --trials 200 --grow 50 --more 400
+
+The last one copies 200 trials to 10,000 in both databases, measures the resume, and then what 400 more take of both,
+without the opening: in minutes, what the end of a run of 10,000 is like.
 
 Beside it plain Optuna asks and tells as often, with the same sampler, parameters and database, and nothing else. The
 ratio is what the controller costs: frozen files, attributes, polls, results. Then the study is opened again and goes
@@ -141,6 +144,9 @@ class Measured:
     """One size on one database."""
 
     trials: int
+    """That both ran."""
+    size: int
+    """Trials of the study in the end."""
     plain: Cost
     controller: Cost
     resume: Cost
@@ -161,7 +167,10 @@ def study_of(folder: Path, url: str | None, trials: int) -> StudySpec:
 def run_plainly(spec: StudySpec, url: str, trials: int) -> None:
     """Ask and tell, 256 at a time."""
     storage = open_tables(open_database(url))
-    study = optuna.create_study(storage=storage, sampler=optuna.samplers.RandomSampler(seed=0), direction="maximize")
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    study = optuna.create_study(
+        study_name="plain", storage=storage, sampler=sampler, direction="maximize", load_if_exists=True
+    )
     running: list[optuna.Trial] = []
     progress = Progress("ask and tell")
     for number in range(trials):
@@ -228,19 +237,40 @@ def grow(file: Path, times: int) -> None:
                 database.execute(text, (move, count))
 
 
-def measure(trials: int, new_url: Callable[[], str] | None, times: int) -> Measured:
-    """Both, one after the other, in a folder and a database of their own; the study then grows and is resumed."""
+def plain_url(folder: Path) -> str:
+    return f"sqlite:///{folder}/plain.db"
+
+
+def measure(trials: int, new_url: Callable[[], str] | None) -> Measured:
+    """Both, one after the other, in a database of their own, and the resume."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         spec = study_of(folder, new_url() if new_url else None, trials)
-        plain = cost(lambda: run_plainly(spec, new_url() if new_url else f"sqlite:///{folder}/plain.db", trials))
+        plain = cost(lambda: run_plainly(spec, new_url() if new_url else plain_url(folder), trials))
         before = megabytes()
         controller = run_controlled(spec)
         after = megabytes()
-        if times > 1:
-            grow(spec.root / "study.db", times)
-            spec = study_of(folder, None, trials * times)
-        return Measured(trials, plain, controller, cost(lambda: resume(spec)), before, after)
+        return Measured(trials, trials, plain, controller, cost(lambda: resume(spec)), before, after)
+
+
+def measure_grown(trials: int, times: int, more: int) -> Measured:
+    """A study that was grown, resumed, and then run on by both: their costs are those of `more` trials."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spec, url = study_of(folder, None, trials), plain_url(folder)
+        run_plainly(spec, url, trials)
+        run_controlled(spec)
+        grow(folder / "plain.db", times)
+        grow(spec.root / "study.db", times)
+        grown = study_of(folder, None, trials * times)
+        resumed = cost(lambda: resume(grown))
+        opening = cost(lambda: run_plainly(grown, url, 1))
+        plain = cost(lambda: run_plainly(grown, url, more)) - opening
+        before = megabytes()
+        opening = run_controlled(study_of(folder, None, trials * times + 1))
+        size = trials * times + 1 + more
+        controller = run_controlled(study_of(folder, None, size)) - opening
+        return Measured(more, size, plain, controller, resumed, before, megabytes())
 
 
 @contextmanager
@@ -253,7 +283,7 @@ def databases(kind: str) -> Generator[Callable[[], str] | None]:
 def row(kind: str, found: Measured) -> str:
     ratio = found.controller.cpu / found.plain.cpu
     wall = found.controller.seconds / found.plain.seconds
-    grown = 1024 * (found.megabytes_after - found.megabytes_before) / found.trials
+    grown = 1024 * (found.megabytes_after - found.megabytes_before) / found.size
     return (
         f"| {kind} | {found.trials} | {found.plain.per(found.trials)} | {found.controller.per(found.trials)} | "
         f"{ratio:.2f} ({wall:.2f}) | {found.resume.cpu:.1f} ({found.resume.seconds:.1f}) | "
@@ -265,12 +295,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
     parser.add_argument("--trials", type=int, nargs="+", default=[1000, 10_000])
-    parser.add_argument("--grow", type=int, default=1, help="resume a study so many times as large (SQLite)")
+    parser.add_argument("--grow", type=int, default=1, help="go on with a study so many times as large (SQLite)")
+    parser.add_argument("--more", type=int, default=2 * PARALLEL, help="by so many trials")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with databases(options.database) as new_url:
         for trials in options.trials:
-            print(row(options.database, measure(trials, new_url, options.grow)), flush=True)
+            grown = options.grow > 1
+            found = measure_grown(trials, options.grow, options.more) if grown else measure(trials, new_url)
+            print(row(options.database, found), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(f"peak {peak} MiB; load {os.getloadavg()[0]:.1f}; optuna {optuna.__version__}; {platform.python_version()}")
 
