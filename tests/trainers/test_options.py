@@ -1,19 +1,18 @@
 """Options of the loop and of the backbone, each on one method."""
 
+# pyright: basic, reportPrivateImportUsage=false, reportOptionalSubscript=false, reportArgumentType=false
+
 import itertools
-import shutil
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from diffusers.models.attention import BasicTransformerBlock
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 
 from tests.contracts.method import InterruptionError, interrupt, load_state, losses, weights
 from trainers.batch import Batch, Geometry
-from trainers.efficiency import compile_blocks
 from trainers.errors import ConfigError, DataError
 from trainers.guidance import SamplingConfig
 from trainers.loop import fit
@@ -309,21 +308,6 @@ def test_compiled_blocks_train_the_same_adapter(train, monkeypatch):
     expected = weights(plain)
     for name, value in weights(compiled).items():
         torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch's compiler needs g++ on a CPU")
-@pytest.mark.filterwarnings("ignore")
-def test_a_compiled_block_computes_what_it_did(tmp_path, monkeypatch):
-    # A run that was killed while it compiled leaves half a library in torch's own cache.
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-    torch.manual_seed(0)
-    block = BasicTransformerBlock(dim=8, num_attention_heads=2, attention_head_dim=4, cross_attention_dim=6)
-    tokens, words = torch.linspace(-1, 1, 40).view(1, 5, 8), torch.linspace(1, 0, 12).view(1, 2, 6)
-    with torch.no_grad():
-        expected = block(tokens, encoder_hidden_states=words)
-        compile_blocks(torch.nn.Sequential(block))
-        torch.testing.assert_close(block(tokens, encoder_hidden_states=words), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_attention_is_computed_by_the_chosen_kernel(train):
