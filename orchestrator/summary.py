@@ -121,11 +121,12 @@ def strip(group: Sequence[Found]) -> Mapping[tuple[str, str], Path]:
     """
     rows: dict[str, tuple[dict[float, TrialView], float]] = {}
     for found in group:
-        for label, places in _rows(found).items():
+        line = _line(found.spec)
+        for label, places in _rows(found, line).items() if line else ():
             won = [x for x, trial in places.items() if trial.number == found.winner.number]
             best = won[0] if won else max(places, key=lambda x: _rank(places[x]))
             prompt = found.spec.trial.evaluate.all_prompts[0]
-            rows[f"{label}, best {best:.3g}: {prompt}"] = places, best
+            rows[f"{label}, best {line.rpartition('.')[2]} {best:.3g}: {prompt}"] = places, best
     common = sorted(set[float].intersection(*(set(places) for places, _ in rows.values()))) if rows else []
     pictures: dict[tuple[str, str], Path] = {}
     for label, (places, best) in rows.items():
@@ -141,13 +142,13 @@ def _rank(trial: TrialView) -> tuple[float, float]:
     return -sum(trial.violations.values()), (trial.values or [0.0])[0]
 
 
-def _rows(found: Found) -> dict[str, dict[float, TrialView]]:
+def _line(spec: StudySpec) -> str:
+    """The path of a study's continuous number; empty if it searches none."""
+    return next((path for path, one in spec.search.items() if isinstance(one, RealParameter) and not one.step), "")
+
+
+def _rows(found: Found, line: str) -> dict[str, dict[float, TrialView]]:
     """A study's trials along its continuous number, for each value of what else it searches."""
-    line = next(
-        (path for path, one in found.spec.search.items() if isinstance(one, RealParameter) and not one.step), None
-    )
-    if line is None:
-        return {}
     others = [path for path in found.spec.search if path != line]
     rows: dict[str, dict[float, TrialView]] = {}
     for trial in found.scored:
