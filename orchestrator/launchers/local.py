@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,6 +27,8 @@ _IDLE_SHARE = 0.1
 """Of a device's memory; drivers keep some even if nobody uses it."""
 _SHUTDOWN_SECONDS = 10
 """Between asking a job to stop and killing it; torchrun itself would wait for 30 s."""
+_EXEC_SECONDS = 1.0
+"""That a process may take to become another program."""
 
 
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -146,9 +149,8 @@ class LocalLauncher(Launcher):
     def poll(self, job_id: JobId) -> JobState:
         pid, token = job_id.split(":")
         _reap()
-        with suppress(psutil.NoSuchProcess):
-            if _has_token(psutil.Process(int(pid)), token):
-                return JobState.RUNNING
+        if _lives(int(pid), token):
+            return JobState.RUNNING
         left = list(_processes(token))
         if not any(map(_is_lead, left)):  # else a later job of this folder
             _end(left)
@@ -157,7 +159,7 @@ class LocalLauncher(Launcher):
     @override
     def cancel(self, job_id: JobId) -> None:
         pid, token = job_id.split(":")
-        processes = list(_processes(token))
+        processes = list(_processes(token)) if _lives(int(pid), token) else []
         for process in processes:
             if process.pid == int(pid):
                 _signal(process, signal.SIGTERM)
@@ -246,6 +248,20 @@ def _processes(token: str) -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         if _has_token(process, token):
             yield process
+
+
+def _lives(pid: int, token: str) -> bool:
+    """Whether this is a process of the job.
+
+    While a process becomes another program, as a job's first one does at once, it has no environment for a moment.
+    """
+    deadline = time.monotonic() + _EXEC_SECONDS
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        while not _variables(process) and process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            time.sleep(_EXEC_SECONDS / 100)
+        return _has_token(process, token)
+    return False
 
 
 def _has_token(process: psutil.Process, token: str) -> bool:
