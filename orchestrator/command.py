@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Never, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from orchestrator.series import Member, Series
     from orchestrator.spec import StudySpec
 
@@ -99,8 +97,3 @@ def say_name(series: Series, name: str) -> None:
     """Head what follows by the study that it is of, where there are several."""
     if not series.is_single:
         out.print(name, style="bold")
-
-
-def interrupt(_signal: int, _frame: FrameType | None) -> Never:
-    """A signal handler: SIGTERM ends a command as Ctrl-C does."""
-    raise KeyboardInterrupt

@@ -15,7 +15,7 @@ from orchestrator.base import Base
 from orchestrator.beginning import Beginning, remember_beginning, take_results
 from orchestrator.budget import Meter, reached
 from orchestrator.drawing import DrawingSampler
-from orchestrator.ending import Leaving, end_jobs, undisturbed
+from orchestrator.ending import Leaving, end_jobs, pause, undisturbed
 from orchestrator.failures import StudyStoppedError, check_hope, note_failure
 from orchestrator.launcher import Job, JobId, JobState
 from orchestrator.panels import PROMPT_VALUES, prompt_values, say_notes
@@ -86,7 +86,7 @@ class Controller:
             try:
                 while not self.step():
                     self._observe(view)
-                    time.sleep(self.spec.launcher.poll_seconds)
+                    pause(self.spec.launcher.poll_seconds)
                 self._observe(view)
                 self._meter.save()
             except (KeyboardInterrupt, StudyStoppedError):

@@ -1,4 +1,4 @@
-"""Ending what a study runs: all of it, and without being disturbed."""
+"""Ending a study: by a signal, and then all that it runs, without being disturbed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from orchestrator.launcher import Job, JobState
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
     from pathlib import Path
+    from types import FrameType
 
     from orchestrator.launcher import JobId, Launcher
 
@@ -27,6 +28,10 @@ _LINGER_SECONDS = 60.0
 """In which a job that has written its answer must end."""
 _OTHERS = ("confirm", "replays")
 """Folders in a study's folder with a run directory for each job that is no trial's."""
+_LOOK_SECONDS = 0.1
+"""Between two looks for a signal."""
+_signals: list[int] = []
+"""What asked this process to end, since `interruptible` began."""
 
 
 @dataclass
@@ -45,6 +50,44 @@ class Leaving:
             self.launcher.cancel(job_id)
         self._since.pop(job_id, None)
         return True
+
+
+@contextmanager
+def interruptible() -> Generator[None]:
+    """Let Ctrl-C and SIGTERM end the block by KeyboardInterrupt: at its next `pause`, or at once when repeated.
+
+    Not at once the first time: what a signal's handler raises inside of a finalizer is dropped, and inside of
+    pydantic's serialization it looks like a mistake in the study.
+    """
+    listened = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's job in the background: Ctrl-C means another
+        listened.remove(signal.SIGINT)
+    before = {number: signal.signal(number, _note) for number in listened}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _signals.clear()
+
+
+def _note(number: int, _frame: FrameType | None) -> None:
+    _signals.append(number)
+    if len(_signals) > 1:
+        raise KeyboardInterrupt
+
+
+def pause(seconds: float) -> None:
+    """Sleep between two looks at jobs.
+
+    Raises:
+        KeyboardInterrupt: A signal came, now or since `interruptible` began.
+    """
+    deadline = time.monotonic() + seconds
+    while not _signals and (rest := deadline - time.monotonic()) > 0:
+        time.sleep(min(rest, _LOOK_SECONDS))
+    if _signals:
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -88,7 +131,7 @@ def run_to_end(launcher: Launcher, job: Job) -> None:
     try:
         job_id = launcher.find(job) or launcher.submit(job)
         while launcher.poll(job_id) is not JobState.ENDED:
-            time.sleep(launcher.poll_seconds)
+            pause(launcher.poll_seconds)
     finally:
         with undisturbed():  # perhaps we were interrupted before we knew its id
             if left := launcher.find(job):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from pathlib import Path
 
-from orchestrator.command import interrupt, out
+from orchestrator.command import out
 
 TEXT = "Run a finished trial again in a new folder and compare the scores; exit code 1 if they differ."
 
@@ -18,10 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Repeat the trial and print both scores."""
+    from orchestrator.ending import interruptible
     from orchestrator.replay import replay
 
-    signal.signal(signal.SIGTERM, interrupt)
-    result = replay(options.trial_dir)
+    with interruptible():
+        result = replay(options.trial_dir)
     for name, score in result.before.items():
         again = result.after[name].mean if name in result.after else None
         out.print(f"{name}: {score.mean!r} -> {again!r}", highlight=False)

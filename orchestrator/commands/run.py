@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 from typing import TYPE_CHECKING
 
 from rich.logging import RichHandler
 
-from orchestrator.command import add_study, add_trials, check, err, interrupt, load, out, say_name
+from orchestrator.command import add_study, add_trials, check, err, load, out, say_name
 from orchestrator.commands import best
 from trainers.errors import ConfigError, ProjectError
 
@@ -30,15 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Ask, train, score and tell until the study is finished, then compare the winner; of each study in turn."""
-    series = load(options)
-    for member in series.chosen:
-        check(member)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
-    signal.signal(signal.SIGTERM, interrupt)
-    if series.is_single:
-        _run(series.members[0])
-    else:
-        _run_all(series)
+    from orchestrator.ending import interruptible
+
+    with interruptible():
+        series = load(options)
+        for member in series.chosen:
+            check(member)
+        handlers = [RichHandler(console=err, show_path=False)]
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
+        if series.is_single:
+            _run(series.members[0])
+        else:
+            _run_all(series)
     return 0
 
 
@@ -120,10 +122,12 @@ def _confirm(spec: StudySpec, study: optuna.Study) -> None:
 def _control(spec: StudySpec, study: optuna.Study) -> None:
     from orchestrator.controller import Controller
     from orchestrator.display import Display
+    from orchestrator.ending import pause
     from orchestrator.replay import STUDY_FILE
     from orchestrator.views import study_view
     from trainers.rundir import write_atomically
 
     write_atomically(spec.root / STUDY_FILE, study_view(spec, study).study_yaml)
+    pause(0)  # before anything is started: a signal may have come while the study was read
     with Display(err) as display:
         Controller(spec, study, [display.update]).run()
