@@ -39,6 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:  # no file of the user's
+            raise
+        problem = f"{error.filename}: got {error.strerror}; expected a file or folder that can be read and written"
+        err.print(f"error: {ProjectError(problem)}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from orchestrator.ending import Leaving
 from orchestrator.launcher import Job, JobId, JobState
 from trainers.errors import LaunchError
-from trainers.rundir import RunDir, RunError, RunResult, Score, freeze, write_atomically
+from trainers.rundir import RunDir, Score, freeze, write_atomically
 
 if TYPE_CHECKING:
     from orchestrator.spec import StudySpec
@@ -42,9 +42,8 @@ class Base:
         """What was measured; None if it was not yet, and nothing if no bound asks for it."""
         if not self.spec.objective.needs_base:
             return {}
-        if not self.run.result.exists():
-            return None
-        return RunResult.model_validate_json(self.run.result.read_text(encoding="utf-8")).scores
+        result = self.run.read_result()
+        return result.scores if result else None
 
     def is_done(self) -> bool:
         """Whether trials can start: what they need was measured, and the job's place is free. Raises LaunchError."""
@@ -66,9 +65,8 @@ class Base:
         is_late = time.time() - self._submitted > launcher.timeout_minutes * 60
         if self.run.result.exists():
             return
-        if self.run.error.exists():
+        if error := self.run.read_error():
             self.stop()
-            error = RunError.model_validate_json(self.run.error.read_text(encoding="utf-8"))
             raise LaunchError(f"{self.run.path}: got {error.reason}: {error.message}; expected the base's scores")
         if state is JobState.ENDED or is_late:
             self.stop()

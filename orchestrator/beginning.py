@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from orchestrator.identity import differences, listed
 from orchestrator.spec import TrialSpec, get_value
 from trainers.errors import ConfigError
-from trainers.rundir import RunDir, RunResult, thaw, write_atomically
+from trainers.rundir import RunDir, thaw, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -175,8 +175,9 @@ def _tree(frozen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(spec: StudySpec, run: RunDir) -> float:
-    """By this study's objective; the worst if it was not measured."""
-    scores = RunResult.model_validate_json(run.result.read_text(encoding="utf-8")).scores
+    """By this study's objective; the worst if it was not measured. Raises StorageError."""
+    result = run.read_result()
+    scores = result.scores if result else {}
     try:
         value = spec.objective.values(scores)[0]
     except KeyError:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.front import beats
 from trainers.config import Config
-from trainers.rundir import write_atomically
+from trainers.rundir import read_json, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,11 +39,8 @@ def usage_file(root: Path) -> Path:
 
 
 def read_usage(root: Path) -> Usage:
-    """What was used so far."""
-    try:
-        return Usage.model_validate_json(usage_file(root).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return Usage()
+    """What was used so far. Raises StorageError."""
+    return read_json(usage_file(root), Usage) or Usage()
 
 
 @dataclass

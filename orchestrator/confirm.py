@@ -27,7 +27,7 @@ from orchestrator.tracker import Evidence
 from orchestrator.views import run_dir
 from trainers.config import Config
 from trainers.errors import LaunchError, StorageError
-from trainers.rundir import Measured, RunDir, freeze, thaw, write_atomically
+from trainers.rundir import Measured, RunDir, freeze, read_json, thaw, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -160,9 +160,7 @@ def confirm(contest: Contest) -> Confirmation:
 
 def read_confirmation(contest: Contest) -> Confirmation | None:
     """The finished comparison, or None."""
-    if not contest.file.exists():
-        return None
-    return Confirmation.model_validate_json(contest.file.read_text(encoding="utf-8"))
+    return read_json(contest.file, Confirmation)
 
 
 def _run_job(contest: Contest) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
-from pydantic import ValidationError
 
 from orchestrator.base import Base
 from orchestrator.beginning import Beginning, remember_beginning, take_results
@@ -26,8 +25,8 @@ from orchestrator.spec import StudySpec
 from orchestrator.storage import told
 from orchestrator.tracker import FINAL_STATES, StudyView, TrialView
 from orchestrator.views import run_dir, study_view, trial_view
-from trainers.errors import ConfigError, TrackerError
-from trainers.rundir import RunDir, RunError, RunResult, freeze, thaw, write_atomically
+from trainers.errors import ConfigError, StorageError, TrackerError
+from trainers.rundir import RunDir, RunError, freeze, recorded_hash, thaw, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +197,7 @@ class Controller:
 
     def _freeze(self, run: RunDir, params: Mapping[str, Value]) -> str:
         if run.trial.exists():
-            digest = run.trial.read_text(encoding="utf-8").partition("\n")[0].removeprefix("sha256: ")
+            digest = recorded_hash(run.trial)
             thaw(run.trial, digest)
             return digest
         text, digest = freeze(self.spec.resolve(params).model_dump(mode="json"))
@@ -231,7 +230,7 @@ class Controller:
         elif run.error.exists():
             if state is not JobState.ENDED:
                 self.spec.launcher.cancel(job_id)  # other ranks may wait for the one that failed
-            self._fail(trial, _read_error(run))
+            self._fail(trial, _why_failed(run))
         elif not job_id:
             self._submit(trial, job)
         elif why := self._why_lost(frozen, job_id, state):
@@ -264,11 +263,11 @@ class Controller:
     def _score(self, trial: Trial, run: RunDir) -> None:
         objective = self.spec.objective
         try:
-            scores = RunResult.model_validate_json(run.result.read_text(encoding="utf-8")).scores
+            result = run.read_result()
+            scores = result.scores if result else {}
             values, violations = objective.values(scores), objective.violations(scores, self._base.scores() or {})
-        except (ValidationError, KeyError) as error:
-            problem = " ".join(str(error).split())
-            self._fail(trial, RunError(reason="crash", message=f"{run.result} does not hold the scores: {problem}"))
+        except (StorageError, KeyError) as error:
+            self._fail(trial, RunError(reason="crash", message=f"{run.result} does not hold the scores: {error}"))
             return
         if any(map(math.isnan, (*values, *violations.values()))):
             self._fail(trial, RunError(reason="nan", message="a score of the objective is undefined for every sample"))
@@ -334,8 +333,9 @@ class Controller:
             observer(view, trials)
 
 
-def _read_error(run: RunDir) -> RunError:
+def _why_failed(run: RunDir) -> RunError:
     try:
-        return RunError.model_validate_json(run.error.read_text(encoding="utf-8"))
-    except ValidationError:
-        return RunError(reason="crash", message=f"{run.error} cannot be read; see {run.log}")
+        error = run.read_error()
+    except StorageError as damaged:
+        error = RunError(reason="crash", message=f"{damaged}; see {run.log}")
+    return error or RunError(reason="crash", message=f"{run.error} is gone; see {run.log}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from trainers.config import Config
 from trainers.errors import ProjectError
+from trainers.rundir import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -52,10 +53,7 @@ def failure_file(run: RunDir) -> Path:
 
 def read_failure(run: RunDir) -> Failure | None:
     """What is known of a failed trial; None of any other."""
-    try:
-        return Failure.model_validate_json(failure_file(run).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    return read_json(failure_file(run), Failure)
 
 
 def note_failure(run: RunDir, reason: str, message: str, jobs_lost: int, peak_bytes: int | None = None) -> None:

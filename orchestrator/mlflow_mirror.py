@@ -24,7 +24,7 @@ from orchestrator.front import front
 from orchestrator.progress import Picture, Progress, objectives, plain, read_news, scores
 from orchestrator.tracker import Evidence, StudyView, TrialView
 from trainers.errors import StorageError, TrackerError
-from trainers.rundir import RunDir, RunResult, thaw
+from trainers.rundir import RunDir, recorded_hash, thaw
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -144,8 +144,7 @@ class Mirror:
     def _send_config(self, child: _Child, run: RunDir) -> None:
         config = thaw(run.trial)
         self._client.log_artifact(child.run_id, str(run.trial))
-        digest = run.trial.read_text(encoding="utf-8").partition("\n")[0].removeprefix("sha256: ")
-        self._send(child, params=flatten(config), tags={"trial_sha256": digest})
+        self._send(child, params=flatten(config), tags={"trial_sha256": recorded_hash(run.trial)})
 
     def _send_events(self, child: _Child, run: RunDir) -> None:
         news = read_news(run, child.sent)
@@ -159,8 +158,7 @@ class Mirror:
     def _send_outcome(self, child: _Child, trial: TrialView) -> None:
         tags = {"state": trial.state, "reason": trial.reason or ""}
         metrics: list[Metric] = []
-        if trial.run.result.exists():
-            result = RunResult.model_validate_json(trial.run.result.read_text(encoding="utf-8"))
+        if result := trial.run.read_result():
             written = int(trial.run.result.stat().st_mtime * 1000)
             metrics += [_metric(name, value, written) for name, value in scores(result).items()]
             tags |= {f"version.{package}": version for package, version in result.versions.items()}

@@ -238,9 +238,7 @@ def _size(folder: Path) -> int:
 
 def estimate_rest(spec: StudySpec) -> Estimate:
     """What the study still has to do, measured on the trials it has finished."""
-    from orchestrator.tables import read_result
-
     trials = read_trials(spec) if has_study(spec) else []
-    results = [(trial.run.path, read_result(trial.run)) for trial in trials if trial.state == "COMPLETE"]
+    results = [(trial.run.path, trial.run.read_result()) for trial in trials if trial.state == "COMPLETE"]
     counted = sum(trial.state in {"COMPLETE", "PRUNED"} for trial in trials)
     return estimate(spec, [(path, result) for path, result in results if result is not None], counted)

@@ -85,8 +85,8 @@ def outcome(study: StudyView, trial: TrialView) -> dict[str, float]:
     """Every number that is known of a trial at its end, by name."""
     told = objectives(study.value_names, trial.values)
     told |= {f"violation/{plain(bound)}": amount for bound, amount in trial.violations.items()}
-    if trial.run.result.exists():
-        told |= scores(RunResult.model_validate_json(trial.run.result.read_text(encoding="utf-8")))
+    if result := trial.run.read_result():
+        told |= scores(result)
     return told
 
 

@@ -13,9 +13,8 @@ from orchestrator.controller import WORKER
 from orchestrator.ending import run_to_end
 from orchestrator.launcher import Job, Launcher
 from orchestrator.spec import StudySpec
-from orchestrator.tables import read_result
 from trainers.errors import ConfigError, LaunchError
-from trainers.rundir import RunDir, RunError, thaw, write_atomically
+from trainers.rundir import RunDir, recorded_hash, thaw, write_atomically
 
 if TYPE_CHECKING:
     from trainers.rundir import Score
@@ -50,22 +49,21 @@ def replay(folder: Path) -> Replay:
         LaunchError: The repetition ended without a result.
     """
     original = RunDir(folder.resolve())
-    before = read_result(original)
+    before = original.read_result()
     if before is None or not original.trial.exists():
         raise ConfigError(f"{folder}: got a folder without trial.yaml and result.json; expected a scored trial")
     thaw(original.trial)
     root = original.path.parents[1]
     launcher, shares = _launcher(root)
     run = _new_folder(root, original)
-    text = original.trial.read_text(encoding="utf-8")
-    write_atomically(run.trial, text)
-    digest = text.partition("\n")[0].removeprefix("sha256: ")
+    write_atomically(run.trial, original.trial.read_text(encoding="utf-8"))
+    digest = recorded_hash(run.trial)
     anew = ("--trained", str(run.path / "trained")) if shares else ()
     words = (str(run.path), "--sha256", digest, "--cache", str(root.parent / "cache"), *anew)
     run_to_end(launcher, Job(WORKER, words, run.path))
-    after = read_result(run)
+    after = run.read_result()
     if after is None:
-        error = RunError.model_validate_json(run.error.read_text(encoding="utf-8")) if run.error.exists() else None
+        error = run.read_error()
         got = f"{error.reason}: {error.message}" if error else "a job that ended without a result"
         raise LaunchError(f"{run.path}: got {got}; expected scores; see {run.log}")
     names = sorted(before.versions.keys() & after.versions.keys())

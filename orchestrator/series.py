@@ -16,8 +16,8 @@ from orchestrator.spec import StudySpec
 from orchestrator.views import run_dir
 from orchestrator.yaml import Document, Tree, assign, load, merge
 from trainers.config import Config
-from trainers.errors import ConfigError, DataError
-from trainers.rundir import thaw, write_atomically
+from trainers.errors import ConfigError, DataError, StorageError
+from trainers.rundir import read_json, thaw, write_atomically
 
 WINNER = "winner.json"
 """In a study's folder, once it has ended."""
@@ -137,17 +137,15 @@ def read_winner(root: Path) -> Winner:
     """What the study in `root` hands on.
 
     Raises:
-        ConfigError: It has not ended.
+        ConfigError: It has not ended, or the file is damaged.
     """
-    file = root / WINNER
-    if not file.is_file():
-        raise ConfigError(f"from_study.study: got no {WINNER} in {root}; expected a study that has ended; run it first")
     try:
-        return Winner.model_validate_json(file.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise ConfigError(
-            f"{file}: got another file; expected what `run` writes at a study's end; run it again"
-        ) from error
+        winner = read_json(root / WINNER, Winner)
+    except StorageError as error:
+        raise ConfigError(f"{error}, or run that study again, which writes it anew") from error
+    if winner is None:
+        raise ConfigError(f"from_study.study: got no {WINNER} in {root}; expected a study that has ended; run it first")
+    return winner
 
 
 @dataclass(frozen=True)

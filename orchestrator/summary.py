@@ -11,7 +11,7 @@ from orchestrator.confirm import find_contest, read_confirmation, winning_trial
 from orchestrator.front import feasible
 from orchestrator.ledger import has_study, read_trials
 from orchestrator.search import RealParameter
-from orchestrator.tables import read_result, short_names
+from orchestrator.tables import short_names
 from trainers.rundir import write_atomically
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _row(found: Found) -> Iterator[tuple[str, object]]:
     paths = list(found.spec.search)
     for path, name in zip(paths, short_names(paths), strict=True):
         yield name, found.winner.params[path]
-    result = read_result(found.winner.run)
+    result = found.winner.run.read_result()
     for name, score in (result.scores if result else {}).items():
         yield name, score.mean
         yield f"{name} standard error", score.standard_error

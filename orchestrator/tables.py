@@ -16,7 +16,7 @@ from orchestrator.failures import describe, read_failure
 from orchestrator.front import front
 from trainers.errors import ConfigError, StorageError
 from trainers.finished import LORA_FILE
-from trainers.rundir import RunDir, RunResult, write_atomically
+from trainers.rundir import RunResult, write_atomically
 
 if TYPE_CHECKING:
     from orchestrator.spec import StudySpec
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
 _STYLES = {"COMPLETE": "green", "RUNNING": "cyan", "PRUNED": "yellow", "FAIL": "red"}
 _MAX_REASON = 70
 _MAX_FAILURES = 5
-
-
-def read_result(run: RunDir) -> RunResult | None:
-    """The run's result, or None if it has none yet."""
-    try:
-        return RunResult.model_validate_json(run.result.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
 
 
 def status_table(spec: StudySpec, trials: Sequence[TrialView], title: str | None = None) -> Table:
@@ -53,7 +45,7 @@ def status_table(spec: StudySpec, trials: Sequence[TrialView], title: str | None
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("reason")
     for trial in trials:
-        result = read_result(trial.run)
+        result = trial.run.read_result()
         cells = [_cell(trial.params.get(path)) if path in trial.params else "" for path in spec.search]
         cells += [f"{value:.4g}" for value in trial.values] if trial.values else [""] * len(spec.objective.names)
         cells += [_score(result, name) for name in scores]
@@ -123,7 +115,7 @@ def write_best(spec: StudySpec, winners: Sequence[TrialView]) -> tuple[Path, Map
 
 
 def _described(spec: StudySpec, winner: TrialView) -> dict[str, Any]:
-    result = read_result(winner.run)
+    result = winner.run.read_result()
     scores = result.scores if result else {}
     values = dict(zip(spec.objective.names, winner.values or (), strict=True))
     adapter = winner.run.adapter

@@ -8,13 +8,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, ValidationError
 
 from trainers.config import Config
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, StorageError
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A number that may be undefined: NaN in memory, `null` in a JSON file."""
@@ -119,6 +121,14 @@ class RunDir:
         """Write `content` as JSON, atomically."""
         write_atomically(path, content.model_dump_json(indent=2) + "\n")
 
+    def read_result(self) -> RunResult | None:
+        """What the run measured; None if it did not succeed, or not yet. Raises StorageError."""
+        return read_json(self.result, RunResult)
+
+    def read_error(self) -> RunError | None:
+        """Why the run failed; None if it did not. Raises StorageError."""
+        return read_json(self.error, RunError)
+
     def append(self, event: str, **values: Any) -> None:
         """Add one line to `events`; `time` is this machine's clock in seconds since 1970."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -160,15 +170,38 @@ def thaw(path: Path, expected: str | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: The file was edited, or is not the one whose hash is `expected`.
     """
-    head, _, body = path.read_text(encoding="utf-8").partition("\n")
-    digest = hashlib.sha256(body.encode()).hexdigest()
-    recorded = head.removeprefix("sha256: ")
+    _, _, body = path.read_bytes().partition(b"\n")
+    digest, recorded = hashlib.sha256(body).hexdigest(), recorded_hash(path)
     if digest != recorded or (expected is not None and expected != digest):
         raise ConfigError(
             f"{path}: content hash is {digest[:12]}, expected {(expected or recorded)[:12]}; a frozen trial must not "
             "be edited: change the study file and start a new study"
         )
     return yaml.safe_load(body)
+
+
+def recorded_hash(path: Path) -> str:
+    """The sha256 that a frozen trial says it has."""
+    with path.open("rb") as file:
+        return file.readline().decode(errors="replace").strip().removeprefix("sha256: ")
+
+
+def read_json(path: Path, kind: type[AnyConfig]) -> AnyConfig | None:
+    """What `RunDir.write` wrote, or None if there is no such file.
+
+    Raises:
+        StorageError: It is damaged, or another version's.
+    """
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = ": ".join([".".join(map(str, first["loc"])), first["msg"]] if first["loc"] else [first["msg"]])
+    except (OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", None) or str(error)
+    raise StorageError(f"{path}: got {problem}; expected {kind.__name__} as this version writes it; restore the file")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -45,7 +45,6 @@ from orchestrator.pruners import (
     Pruner,
     WilcoxonPruner,
 )
-from orchestrator.tables import read_result
 from trainers.miniature.pictures import to_unit
 from trainers.miniature.truth import compare
 from trainers.miniature.world import subject
@@ -123,7 +122,7 @@ def collect(study: Path) -> None:
 
 
 def _told(run: RunDir) -> Iterator[dict[str, float]]:
-    train, result = thaw(run.trial)["train"], read_result(run)
+    train, result = thaw(run.trial)["train"], run.read_result()
     assert result is not None
     trial = {"trial": int(run.path.name), "rate": train["optimizer"]["lr"], "rank": train["lora"]["rank"]}
     for _, event in run.read_events():
