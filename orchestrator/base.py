@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from trainers.errors import LaunchError
 from trainers.rundir import RunDir, Score, freeze, write_atomically
 
 if TYPE_CHECKING:
+    from orchestrator.budget import Meter
     from orchestrator.spec import StudySpec
 
 log = logging.getLogger(__name__)
@@ -25,8 +25,9 @@ class Base:
     spec: StudySpec
     module: str
     """What the job runs."""
+    meter: Meter
+    """Counts its time."""
     _job_id: JobId | None = field(default=None, init=False)
-    _submitted: float = field(default=0.0, init=False)
     _num_lost: int = field(default=0, init=False)
     _leaving: Leaving = field(init=False)
 
@@ -37,6 +38,11 @@ class Base:
     def run(self) -> RunDir:
         """Where the job writes."""
         return RunDir(self.spec.root / "base")
+
+    @property
+    def job_ids(self) -> tuple[JobId, ...]:
+        """Of the job that is known to live, if there is one."""
+        return (self._job_id,) if self._job_id else ()
 
     def scores(self) -> dict[str, Score] | None:
         """What was measured; None if it was not yet, and nothing if no bound asks for it."""
@@ -59,10 +65,12 @@ class Base:
         launcher = self.spec.launcher
         if self._job_id is None:
             self._job_id = launcher.find(self._job()) or self._submit()
-            self._submitted = time.time()
+            if self._job_id is None:
+                return
             log.info("the untrained model is scored first, because a bound of the objective speaks of it")
         state = launcher.poll(self._job_id)
-        is_late = time.time() - self._submitted > launcher.timeout_minutes * 60
+        self.meter.saw(self._job_id, state, self.run.events)
+        is_late = state is JobState.RUNNING and self.meter.at_work(self._job_id) > launcher.timeout_minutes * 60
         if self.run.result.exists():
             return
         if error := self.run.read_error():
@@ -81,10 +89,11 @@ class Base:
         if job_id:
             self.spec.launcher.cancel(job_id)
 
-    def _submit(self) -> JobId:
+    def _submit(self) -> JobId | None:
+        """None while no device is free."""
         self.run.error.unlink(missing_ok=True)  # its cause may have been mended
         write_atomically(self.run.trial, self._frozen()[0])
-        return self.spec.launcher.submit(self._job())
+        return self.spec.launcher.begin(self._job())
 
     def _job(self) -> Job:
         arguments = ("--sha256", self._frozen()[1], "--cache", str(self.spec.cache), "--untrained")

@@ -2,10 +2,9 @@
 
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -14,13 +13,14 @@ from orchestrator.base import Base
 from orchestrator.beginning import Beginning, remember_beginning, take_results
 from orchestrator.budget import Meter, reached
 from orchestrator.drawing import DrawingSampler
-from orchestrator.ending import Leaving, end_jobs, pause, undisturbed
+from orchestrator.ending import Leaving, end_jobs
 from orchestrator.failures import StudyStoppedError, check_hope, note_failure
 from orchestrator.launcher import Job, JobId, JobState
 from orchestrator.panels import PROMPT_VALUES, prompt_values, say_notes
 from orchestrator.quota import Quota
 from orchestrator.reports import Reports
 from orchestrator.search import Value
+from orchestrator.signals import pause, undisturbed
 from orchestrator.spec import StudySpec
 from orchestrator.storage import told
 from orchestrator.tracker import FINAL_STATES, StudyView, TrialView
@@ -60,9 +60,9 @@ class Controller:
 
     def __post_init__(self) -> None:
         self._leaving = Leaving(self.spec.launcher)
-        self._meter = Meter(self.spec.root)
+        self._meter = Meter(self.spec.root, self.spec.launcher.num_ranks)
         self._quota = Quota(self.spec.limits)
-        self._base = Base(self.spec, WORKER)
+        self._base = Base(self.spec, WORKER, self._meter)
         self._reports = Reports(self.spec, self.study)
         self._beginning = remember_beginning(self.spec, self.study)
         first = [trial.params for trial in self._beginning.trials]
@@ -97,11 +97,12 @@ class Controller:
 
     def step(self) -> bool:
         """Move every running trial forward and start new ones; True when there is nothing left."""
-        self._meter.tick(self._num_devices())
+        running = self._trials(TrialState.RUNNING)
+        jobs = [job_id for frozen in running if (job_id := frozen.user_attrs.get("job_id"))]
+        self._meter.tick([*self._base.job_ids, *jobs])
         if not self._base.is_done():
             self._base.advance()
             return False
-        running = self._trials(TrialState.RUNNING)
         self._attached = {frozen.number: self._attach(frozen) for frozen in running}
         for frozen in running:
             if "sha256" in frozen.user_attrs:
@@ -121,9 +122,10 @@ class Controller:
         """End all jobs; running trials go on from their checkpoints when the study is run again."""
         self._base.stop()
         live = [(frozen, job) for frozen in self._trials(TrialState.RUNNING) if (job := self._live_job(frozen))]
-        end_jobs(self.spec.launcher, [job for _, job in live])
         for frozen, _ in live:
             self._attach(frozen).set_user_attr("job_id", "")  # ended by us: not lost
+        end_jobs(self.spec.launcher, [job for _, job in live])
+        for frozen, _ in live:
             log.info("trial %d: its job is ended; it goes on when the study is run again", frozen.number)
 
     def _live_job(self, frozen: FrozenTrial) -> JobId | None:
@@ -172,11 +174,6 @@ class Controller:
         self._over = why
         return why is not None
 
-    def _num_devices(self) -> int:
-        """What jobs hold now."""
-        live = [trial for trial in self._trials(TrialState.RUNNING) if trial.user_attrs.get("job_id")]
-        return len(live) * self.spec.launcher.num_processes
-
     def _start(self, trial: Trial) -> bool:
         """Draw, freeze and submit; every part is a repetition without effect if it was done before.
 
@@ -205,14 +202,10 @@ class Controller:
         return digest
 
     def _submit(self, trial: Trial, job: Job) -> None:
-        job_id = self.spec.launcher.find(job)  # of a controller that was killed before it could note the id
-        if job_id is None:
-            devices = self.spec.launcher.free_devices()
-            if devices is None:
-                return  # until the next look
-            job_id = self.spec.launcher.submit(replace(job, devices=devices))
-        trial.set_user_attr("submitted", time.time())
-        trial.set_user_attr("job_id", job_id)
+        # It may run already, for a controller that was killed before it could note the id.
+        job_id = self.spec.launcher.find(job) or self.spec.launcher.begin(job)
+        if job_id:  # else there is no device, until the next look
+            trial.set_user_attr("job_id", job_id)
 
     def _job(self, run: RunDir, sha256: str) -> Job:
         cache = self.spec.cache
@@ -223,7 +216,7 @@ class Controller:
         trial, run = self._attach(frozen), run_dir(self.spec.root, frozen.number)
         job_id, job = JobId(frozen.user_attrs.get("job_id", "")), self._job(run, frozen.user_attrs["sha256"])
         self._reports.read(trial, run)
-        state = self.spec.launcher.poll(job_id) if job_id else JobState.ENDED  # first: what it wrote is then complete
+        state = self._poll(job_id, run)  # first: what it wrote is then complete
         if run.result.exists():
             if self._leaving.is_gone(job_id, state):
                 self._score(trial, run)
@@ -231,33 +224,32 @@ class Controller:
             if state is not JobState.ENDED:
                 self.spec.launcher.cancel(job_id)  # other ranks may wait for the one that failed
             self._fail(trial, _why_failed(run))
+        elif self._reports.prune(frozen.number):  # also if its job is gone: we may have been killed while we ended it
+            self._prune(trial, job_id)
         elif not job_id:
             self._submit(trial, job)
-        elif why := self._why_lost(frozen, job_id, state):
+        elif why := self._why_lost(job_id, state):
             self._lose(trial, job, job_id, why)
-        elif self._reports.prune(frozen.number):
-            self._prune(trial, job_id)
 
-    def _why_lost(self, frozen: FrozenTrial, job_id: JobId, state: JobState) -> str | None:
+    def _poll(self, job_id: JobId, run: RunDir) -> JobState:
+        if not job_id:
+            return JobState.ENDED
+        state = self.spec.launcher.poll(job_id)
+        self._meter.saw(job_id, state, run.events)
+        return state
+
+    def _why_lost(self, job_id: JobId, state: JobState) -> str | None:
+        minutes = self.spec.launcher.timeout_minutes
         if state is JobState.ENDED:
             return "the job ended without a result"
-        if not self._is_late(frozen, state):
+        if state is JobState.QUEUED or self._meter.at_work(job_id) <= minutes * 60:
             return None
         self.spec.launcher.cancel(job_id)
-        return f"the job took longer than {self.spec.launcher.timeout_minutes} minutes"
-
-    def _is_late(self, frozen: FrozenTrial, state: JobState) -> bool:
-        """Whether the job has worked for too long; a cluster's queue does not count."""
-        trial, notes = self._attach(frozen), frozen.user_attrs
-        if (state is JobState.QUEUED) != notes.get("queued", False):
-            trial.set_user_attr("submitted", time.time())
-            trial.set_user_attr("queued", state is JobState.QUEUED)
-            return False
-        late = time.time() - notes["submitted"] > self.spec.launcher.timeout_minutes * 60
-        return late and state is not JobState.QUEUED
+        return f"the job took longer than {minutes} minutes"
 
     def _prune(self, trial: Trial, job_id: JobId) -> None:
-        self.spec.launcher.cancel(job_id)
+        if job_id:
+            self.spec.launcher.cancel(job_id)
         self._end(trial, TrialState.PRUNED, "pruned", self._reports.verdict(trial.number))
 
     def _score(self, trial: Trial, run: RunDir) -> None:

@@ -1,22 +1,19 @@
-"""Ending a study: by a signal, and then all that it runs, without being disturbed."""
+"""Ending what a study runs: all of it."""
 
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from orchestrator.launcher import Job, JobState
+from orchestrator.signals import pause, undisturbed
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Iterable
     from pathlib import Path
-    from types import FrameType
 
     from orchestrator.launcher import JobId, Launcher
 
@@ -28,10 +25,6 @@ _LINGER_SECONDS = 60.0
 """In which a job that has written its answer must end."""
 _OTHERS = ("confirm", "replays")
 """Folders in a study's folder with a run directory for each job that is no trial's."""
-_LOOK_SECONDS = 0.1
-"""Between two looks for a signal."""
-_signals: list[int] = []
-"""What asked this process to end, since `interruptible` began."""
 
 
 @dataclass
@@ -50,58 +43,6 @@ class Leaving:
             self.launcher.cancel(job_id)
         self._since.pop(job_id, None)
         return True
-
-
-@contextmanager
-def interruptible() -> Generator[None]:
-    """Let Ctrl-C and SIGTERM end the block by KeyboardInterrupt: at its next `pause`, or at once when repeated.
-
-    Not at once the first time: what a signal's handler raises inside of a finalizer is dropped, and inside of
-    pydantic's serialization it looks like a mistake in the study.
-    """
-    listened = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's job in the background: Ctrl-C means another
-        listened.remove(signal.SIGINT)
-    before = {number: signal.signal(number, _note) for number in listened}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _signals.clear()
-
-
-def _note(number: int, _frame: FrameType | None) -> None:
-    _signals.append(number)
-    if len(_signals) > 1:
-        raise KeyboardInterrupt
-
-
-def pause(seconds: float) -> None:
-    """Sleep between two looks at jobs.
-
-    Raises:
-        KeyboardInterrupt: A signal came, now or since `interruptible` began.
-    """
-    deadline = time.monotonic() + seconds
-    while not _signals and (rest := deadline - time.monotonic()) > 0:
-        time.sleep(min(rest, _LOOK_SECONDS))
-    if _signals:
-        raise KeyboardInterrupt
-
-
-@contextmanager
-def undisturbed() -> Generator[None]:
-    """Ignore Ctrl-C and SIGTERM: the second Ctrl-C must not leave jobs behind that the first one was to end."""
-    if threading.current_thread() is not threading.main_thread():  # which signals do not reach
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def end_jobs(launcher: Launcher, job_ids: Iterable[JobId]) -> None:
@@ -129,7 +70,8 @@ def run_to_end(launcher: Launcher, job: Job) -> None:
     if not launcher.outlives_controller and (dying := launcher.find(job)):
         launcher.cancel(dying)
     try:
-        job_id = launcher.find(job) or launcher.submit(job)
+        while (job_id := launcher.find(job) or launcher.begin(job)) is None:
+            pause(launcher.poll_seconds)
         while launcher.poll(job_id) is not JobState.ENDED:
             pause(launcher.poll_seconds)
     finally:

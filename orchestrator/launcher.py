@@ -5,13 +5,14 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import NewType, Self, TypeVar
 
 from pydantic import Field
 
+from orchestrator.signals import pause
 from trainers.config import Choice
 from trainers.errors import LaunchError
 
@@ -65,7 +66,7 @@ class Launcher(Choice):
     num_processes: int = Field(default=1, ge=1)
     """Ranks of a job: torchrun's nproc per node."""
     timeout_minutes: float = Field(default=24 * 60, gt=0)
-    """A job that runs longer is ended and submitted again, up to `limits.max_retries` times."""
+    """A job that works longer is ended and submitted again, up to `limits.max_retries` times; a queue is no work."""
     poll_seconds: float = Field(default=1.0, gt=0)
     """How often the controller looks at its jobs."""
 
@@ -90,9 +91,19 @@ class Launcher(Choice):
         return ()
 
     @property
+    def num_ranks(self) -> int:
+        """Of a job, over all its machines."""
+        return self.num_processes
+
+    @property
     def outlives_controller(self) -> bool:
         """Whether jobs go on when the controller is killed."""
         return True
+
+    def begin(self, job: Job) -> JobId | None:
+        """Submit `job` with devices for itself; None while none are free. Raises LaunchError."""
+        devices = self.free_devices()
+        return None if devices is None else self.submit(replace(job, devices=devices))
 
     @abstractmethod
     def submit(self, job: Job) -> JobId:
@@ -137,6 +148,7 @@ def patiently(ask: Callable[[], T], *, minutes: float, pause_seconds: float) -> 
 
     Raises:
         BusyError: It still gets none.
+        KeyboardInterrupt: The user does not want to wait.
     """
     deadline = time.monotonic() + minutes * 60
     while True:
@@ -145,7 +157,7 @@ def patiently(ask: Callable[[], T], *, minutes: float, pause_seconds: float) -> 
         except BusyError:
             if time.monotonic() > deadline:
                 raise
-            time.sleep(pause_seconds)
+            pause(pause_seconds)
 
 
 def rendezvous(nodes: int, index: int, endpoint: str) -> tuple[str, ...]:

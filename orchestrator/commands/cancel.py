@@ -37,7 +37,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _cancel(spec: StudySpec) -> None:
     from orchestrator.controller import Controller
-    from orchestrator.ending import end_others, undisturbed
+    from orchestrator.ending import end_others
+    from orchestrator.signals import undisturbed
     from orchestrator.storage import controller_lock, end_controller, read_study, told
 
     read_study(spec)  # which says so if there is none

@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Repeat the trial and print both scores."""
-    from orchestrator.ending import interruptible
     from orchestrator.replay import replay
+    from orchestrator.signals import interruptible
 
     with interruptible():
         result = replay(options.trial_dir)

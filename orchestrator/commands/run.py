@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Ask, train, score and tell until the study is finished, then compare the winner; of each study in turn."""
-    from orchestrator.ending import interruptible
+    from orchestrator.signals import interruptible
 
     with interruptible():
         series = load(options)
@@ -122,8 +122,8 @@ def _confirm(spec: StudySpec, study: optuna.Study) -> None:
 def _control(spec: StudySpec, study: optuna.Study) -> None:
     from orchestrator.controller import Controller
     from orchestrator.display import Display
-    from orchestrator.ending import pause
     from orchestrator.replay import STUDY_FILE
+    from orchestrator.signals import pause
     from orchestrator.views import study_view
     from trainers.rundir import write_atomically
 

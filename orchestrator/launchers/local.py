@@ -1,16 +1,19 @@
 """torchrun on this machine."""
 
 import csv
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
+from pathlib import Path
 from typing import Literal, Self
 
 import psutil
@@ -85,19 +88,34 @@ class LocalLauncher(Launcher):
         free = self._free_gpus() if self.gpus_per_trial else sorted(_cores() - _given(_CORES))
         return tuple(free[:wanted]) if len(free) >= wanted else None
 
+    @override
+    def begin(self, job: Job) -> JobId | None:
+        if self.gpus_per_trial is None and self.cpus_per_trial is None:
+            return super().begin(job)
+        with Path(tempfile.gettempdir(), f"tuning-devices-{os.getuid()}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # else two studies could see the same device free at once
+            return super().begin(job)
+
     def _free_gpus(self) -> list[int]:
         used, taken = gpu_shares(), _given("CUDA_VISIBLE_DEVICES")
-        free = [gpu for gpu in (sorted(used) if self.gpus is None else self.gpus) if gpu not in taken]
+        free = [gpu for gpu in self._visible(used) if gpu not in taken]
         return [gpu for gpu in free if used.get(gpu, 1.0) <= _IDLE_SHARE]
+
+    def _visible(self, present: Iterable[int]) -> list[int]:
+        """Devices for jobs: the chosen ones, or all that the controller itself may use."""
+        if self.gpus is not None:
+            return list(self.gpus)
+        allowed = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        return [gpu for gpu in sorted(present) if allowed == [""] or str(gpu) in allowed]
 
     @override
     def check(self) -> None:
         self._check_system()
         present = gpu_bytes()
-        if self.gpus_per_trial is not None and self.gpus_per_trial > len(present):
+        if self.gpus_per_trial is not None and self.gpus_per_trial > len(self._visible(present)):
             raise LaunchError(
-                f"launcher.gpus_per_trial: got {self.gpus_per_trial}; expected at most as many as nvidia-smi lists, "
-                f"{len(present)}"
+                f"launcher.gpus_per_trial: got {self.gpus_per_trial}; expected at most as many as nvidia-smi lists and "
+                f"CUDA_VISIBLE_DEVICES allows by their numbers, {len(self._visible(present))}"
             )
         for gpu in self.gpus or ():
             if gpu not in present:
@@ -216,15 +234,16 @@ def gpu_bytes() -> dict[int, int]:
 
 
 def _query(*names: str) -> dict[int, tuple[int, ...]]:
-    """Sizes in bytes that nvidia-smi says of each device."""
+    """Sizes in bytes that nvidia-smi says of each device; one that shares the machine's memory has none: `[N/A]`."""
     if shutil.which("nvidia-smi") is None:
         return {}
     query = ["nvidia-smi", f"--query-gpu=index,{','.join(names)}", "--format=csv,noheader,nounits"]
     listed = subprocess.run(query, check=False, capture_output=True, text=True)  # noqa: S603
     if listed.returncode != 0:
         return {}
-    rows = csv.reader(listed.stdout.splitlines())
-    return {int(index): tuple(int(mebibytes) * 2**20 for mebibytes in sizes) for index, *sizes in rows}
+    rows = [[cell.strip() for cell in row] for row in csv.reader(listed.stdout.splitlines())]
+    known = [row for row in rows if all(cell.isdigit() for cell in row)]
+    return {int(index): tuple(int(mebibytes) * 2**20 for mebibytes in sizes) for index, *sizes in known}
 
 
 def gpu_shares() -> dict[int, float]:

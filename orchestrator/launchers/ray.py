@@ -71,6 +71,11 @@ class RayLauncher(Launcher):
     def alone(self) -> "RayLauncher":
         return self.model_copy(update={"num_processes": 1, "num_nodes": 1})
 
+    @property
+    @override
+    def num_ranks(self) -> int:
+        return self.num_nodes * self.num_processes
+
     @override
     def check(self) -> None:
         _ask(self._connect)

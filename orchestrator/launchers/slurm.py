@@ -100,6 +100,11 @@ class SlurmLauncher(Launcher):
     def alone(self) -> "SlurmLauncher":
         return self.model_copy(update={"num_processes": 1, "num_nodes": 1})
 
+    @property
+    @override
+    def num_ranks(self) -> int:
+        return self.num_nodes * self.num_processes
+
     @override
     def check(self) -> None:
         self._sbatch("--test-only", "--wrap=true")

@@ -132,19 +132,23 @@ def spec_of(folder: Path, *sets: str) -> StudySpec:
 STORAGES: dict[Path, optuna.storages.InMemoryStorage] = {}
 
 
+def open_in_memory(spec: StudySpec) -> optuna.Study:
+    """The study, in a storage that outlives controllers and not the process."""
+    return optuna.create_study(
+        storage=STORAGES.setdefault(spec.root, optuna.storages.InMemoryStorage()),
+        study_name=spec.name,
+        directions=[optuna.study.StudyDirection.MAXIMIZE] * len(spec.objective.names),
+        load_if_exists=True,
+    )
+
+
 def drive(spec: StudySpec) -> tuple[optuna.Study, int]:
     """Run the study to its end, starting the controller again whenever it is killed.
 
     The storage is in memory: SQLite's part is tested with real processes in tests/integration.
     """
-    storage = STORAGES.setdefault(spec.root, optuna.storages.InMemoryStorage())
     for crashes in itertools.count():
-        study = optuna.create_study(
-            storage=storage,
-            study_name=spec.name,
-            directions=[optuna.study.StudyDirection.MAXIMIZE] * len(spec.objective.names),
-            load_if_exists=True,
-        )
+        study = open_in_memory(spec)
         try:
             Controller(spec, study).run()
         except Crash:

@@ -10,15 +10,29 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
+from orchestrator import controller
+from orchestrator.controller import Controller
+from orchestrator.ending import end_jobs
 from orchestrator.failures import StudyStoppedError
 from orchestrator.launcher import JobId, JobState
-from tests.orchestrator.cluster import Cluster, drive, fail_with, spec_of, states
+from orchestrator.spec import StudySpec
+from tests.orchestrator.cluster import Cluster, Crash, drive, fail_with, open_in_memory, spec_of, states
 from tests.orchestrator.studies import score
 from trainers.errors import ConfigError
 from trainers.rundir import RunDir, thaw
 
+BAD = {"clip_t": 0.1, "clip_i": 0.1}
 NEEDS_BASE = "objective={kind: constrained, maximise: {clip_i: 1}, subject_to: {clip_t: {below_base: 0.5}}}"
 """The untrained model's job comes first."""
+
+
+def begin(spec: StudySpec) -> Controller:
+    """A controller of the study that the test moves step by step."""
+    return Controller(spec, open_in_memory(spec))
+
+
+def die(*_: object) -> None:
+    raise Crash
 
 
 def test_a_study_ends_with_exactly_its_number_of_scored_trials(cluster: Cluster, tmp_path: Path):
@@ -327,3 +341,66 @@ def test_jobs_wait_for_a_device_and_none_is_given_twice(cluster: Cluster, tmp_pa
     assert crashes
     assert states(study) == ["COMPLETE"] * 8
     assert {job["job"].devices for job in cluster.jobs.values()} == {(0,), (1,)}
+
+
+def test_a_trial_that_was_being_pruned_when_its_controller_was_killed_is_pruned(cluster: Cluster, tmp_path: Path):
+    cluster.behaviour = lambda run: None
+    sets = ("limits.trials=1", "limits.max_retries=0", "pruner={kind: threshold}", "trial.report={every: 10}")
+    spec = spec_of(tmp_path, *sets)
+    doomed = begin(spec)
+    doomed.step()
+    RunDir(spec.root / "trials" / "0000").append("report", step=10, scores=BAD, prompts={name: [0.1] for name in BAD})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Controller, "_end", die)
+        with pytest.raises(Crash):
+            doomed.step()
+    study, _ = drive(spec)
+    assert states(study) == ["PRUNED"]
+
+
+def test_killed_while_it_ends_its_jobs_a_controller_has_lost_none(cluster: Cluster, tmp_path: Path):
+    spec = spec_of(tmp_path, "limits.trials=1", "limits.max_retries=0")
+    doomed = begin(spec)
+    doomed.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(controller, "end_jobs", lambda launcher, ids: (end_jobs(launcher, ids), die()))
+        with pytest.raises(Crash):
+            doomed.stop()
+    study, _ = drive(spec)
+    assert states(study) == ["COMPLETE"]
+
+
+def test_a_job_that_is_put_back_into_the_queue_has_worked_for_all_its_pieces(cluster: Cluster, tmp_path: Path):
+    cluster.progress = lambda: None
+    running = begin(spec_of(tmp_path, "limits.trials=1", "launcher.timeout_minutes=600"))
+    moments = itertools.count(0, 4 * 3600)
+    running._meter.clock = lambda: next(moments)
+    running.step()
+    for state in (JobState.RUNNING, JobState.QUEUED, JobState.RUNNING, JobState.QUEUED, JobState.RUNNING):
+        cluster.jobs[JobId("0")]["state"] = state
+        running.step()
+        assert not cluster.cancelled
+    running.step()
+    assert cluster.cancelled == ["0"]
+    assert running._meter.usage.device_seconds == 12 * 3600
+
+
+def test_the_base_may_wait_in_a_queue(cluster: Cluster, tmp_path: Path):
+    cluster.progress, cluster.first_state = lambda: None, JobState.QUEUED
+    waiting = begin(spec_of(tmp_path, "launcher.timeout_minutes=1", NEEDS_BASE))
+    moments = itertools.count(0, 3600)
+    waiting._meter.clock = lambda: next(moments)
+    for _ in range(5):
+        waiting.step()
+    assert not cluster.cancelled
+    assert waiting._meter.usage.device_seconds == 0
+
+
+def test_the_base_waits_for_a_device(cluster: Cluster, tmp_path: Path):
+    cluster.num_devices = 0
+    waiting = begin(spec_of(tmp_path, NEEDS_BASE))
+    waiting.step()
+    assert not cluster.jobs
+    cluster.num_devices = 1
+    waiting.step()
+    assert cluster.jobs[JobId("0")]["job"].devices == (0,)

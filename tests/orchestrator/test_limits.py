@@ -3,12 +3,14 @@
 # pyright: basic
 
 import itertools
+import os
 import random
 from pathlib import Path
 
 import pytest
 
 from orchestrator.budget import Meter, Usage, reached, read_usage, usage_file
+from orchestrator.launcher import JobState
 from orchestrator.limits import Limits
 from orchestrator.quota import Quota
 from orchestrator.tracker import TrialView
@@ -77,22 +79,32 @@ def test_what_breaks_a_bound_is_not_good_enough(tmp_path: Path):
 
 
 def test_time_is_counted_while_a_controller_works_and_for_jobs_that_outlive_it(tmp_path: Path):
-    moments, days = itertools.count(100, 60), iter([1000.0, 1060.0, 1120.0, 5000.0, 5060.0])
-    meter = Meter(tmp_path, clock=lambda: next(moments), now=lambda: next(days))
-    meter.tick(0)
-    meter.tick(2)
-    meter.tick(3)
-    assert (meter.usage.seconds, meter.usage.device_seconds) == (120, 300)
+    moments, days, events = itertools.count(100, 60), iter([1000.0, 1060.0, 1120.0]), tmp_path / "events.jsonl"
+    meter = Meter(tmp_path, num_ranks=2, clock=lambda: next(moments), now=lambda: next(days))
+    meter.tick([])
+    for state in (JobState.QUEUED, JobState.RUNNING):
+        meter.saw("a", state, events)
+        meter.saw("b", JobState.RUNNING, events)
+        meter.tick(["a", "b", "c"])
+    assert (meter.usage.seconds, meter.usage.device_seconds) == (120, 2 * (60 + 2 * 60))
+    assert [meter.at_work(job) for job in "abc"] == [60, 120, 0]
     again = Meter(tmp_path, clock=lambda: next(moments), now=lambda: 2120.0)
-    again.tick(1)
-    assert (again.usage.seconds, again.usage.device_seconds) == (120, 300 + 1000)
+    events.touch()
+    os.utime(events, (1420, 1420))
+    again.tick(["a", "b", "c"])
+    again.saw("a", JobState.RUNNING, events)  # since 1120
+    again.saw("b", JobState.ENDED, events)  # its last word is of 1420
+    again.saw("c", JobState.QUEUED, events)
+    assert (again.usage.seconds, again.usage.device_seconds) == (120, 360 + 1000 + 300)
+    assert [again.at_work(job) for job in "abc"] == [60 + 1000, 120 + 300, 0]
     assert read_usage(tmp_path) == again.usage
 
 
 def test_a_clock_that_was_set_back_takes_nothing_back(tmp_path: Path):
     write_atomically(usage_file(tmp_path), Usage(seconds=5, device_seconds=5, saved=9e9).model_dump_json())
     meter = Meter(tmp_path)
-    meter.tick(4)
+    meter.tick(["a"])
+    meter.saw("a", JobState.RUNNING, tmp_path / "events.jsonl")
     assert (meter.usage.seconds, meter.usage.device_seconds) == (5, 5)
 
 

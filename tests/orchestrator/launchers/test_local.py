@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from orchestrator.launcher import Job, JobId, JobState
 from orchestrator.launchers import local
-from orchestrator.launchers.local import LocalLauncher
+from orchestrator.launchers.local import LocalLauncher, gpu_bytes
 from tests.contracts.launcher import LauncherContract, wait_for
 from tests.integration.controller_process import ScriptLauncher
 from trainers.errors import LaunchError
@@ -229,6 +230,32 @@ def test_a_trial_gets_devices_that_no_job_sees_and_whose_memory_is_back(memory: 
     assert LocalLauncher().free_devices() == ()
 
 
+def test_devices_that_the_controller_may_not_use_are_given_to_no_job(memory: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert LocalLauncher(gpus_per_trial=1).free_devices() == (2,)
+    assert LocalLauncher(gpus=(0, 3), gpus_per_trial=1).free_devices() == (0,)
+    with pytest.raises(LaunchError, match="got 3; expected at most"):
+        LocalLauncher(gpus_per_trial=3).check()
+
+
+def test_a_device_that_shares_the_machines_memory_is_none_of_those_with_memory_of_their_own(memory: Path):
+    memory.write_text("0, 300, 16384\n1, [N/A], [N/A]\n")
+    assert list(gpu_bytes()) == [0]
+
+
+def test_two_studies_that_look_at_once_do_not_get_the_same_device(memory: Path, tmp_path: Path):
+    memory.write_text("".join(f"{index}, 300, 16384\n" for index in range(40, 44)))
+    launcher, jobs = ScriptLauncher(gpus_per_trial=1), [waiting(tmp_path / name) for name in "abcdef"]
+    for job in jobs:
+        job.run_dir.mkdir()
+    with ThreadPoolExecutor(len(jobs)) as threads:
+        started = [job_id for job_id in threads.map(launcher.begin, jobs) if job_id]
+    given = [psutil.Process(int(job_id.partition(":")[0])).environ()["CUDA_VISIBLE_DEVICES"] for job_id in started]
+    for job_id in started:
+        launcher.cancel(job_id)
+    assert sorted(given) == ["40", "41", "42", "43"]
+
+
 def test_a_job_sees_the_devices_that_it_was_given(job: Job):
     environment = LocalLauncher(gpus=(0, 1, 2), gpus_per_trial=1)._environment(replace(job, devices=(2,)))
     assert environment["CUDA_VISIBLE_DEVICES"] == "2"
@@ -248,7 +275,7 @@ def test_more_than_there_can_be_is_refused(options: dict[str, Any], problem: str
 
 
 def test_devices_that_are_not_there_are_refused(memory: Path):
-    with pytest.raises(LaunchError, match="gpus_per_trial: got 5; expected at most as many as nvidia-smi lists, 4"):
+    with pytest.raises(LaunchError, match=r"gpus_per_trial: got 5; expected at most as many as nvidia-smi lists .* 4"):
         LocalLauncher(gpus_per_trial=5).check()
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from orchestrator.ending import interruptible, pause, undisturbed
+from orchestrator.launcher import BusyError, patiently
+from orchestrator.signals import interruptible, pause, undisturbed
 
 SIGNALS = pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 
@@ -83,3 +84,24 @@ def test_undisturbed_work_is_not_ended(sign: signal.Signals) -> None:
     with interruptible(), undisturbed():
         send(sign)
         pause(0)
+
+
+@SIGNALS
+def test_what_came_before_undisturbed_work_is_heard_after_it(sign: signal.Signals) -> None:
+    with interruptible():
+        send(sign)
+        with undisturbed():
+            pause(0)
+        with pytest.raises(KeyboardInterrupt):
+            pause(0)
+
+
+@SIGNALS
+def test_a_wait_for_an_engine_that_is_away_is_cut_short(sign: signal.Signals) -> None:
+    def ask() -> None:
+        raise BusyError("away")
+
+    with interruptible():
+        threading.Timer(0.2, send, [sign]).start()
+        with pytest.raises(KeyboardInterrupt):
+            patiently(ask, minutes=1, pause_seconds=0.01)
