@@ -224,7 +224,7 @@ class Controller:
             if state is not JobState.ENDED:
                 self.spec.launcher.cancel(job_id)  # other ranks may wait for the one that failed
             self._fail(trial, _why_failed(run))
-        elif self._reports.prune(frozen.number):  # also if its job is gone: we may have been killed while we ended it
+        elif self._reports.prune(trial):  # also if its job is gone: we may have been killed while we ended it
             self._prune(trial, job_id)
         elif not job_id:
             self._submit(trial, job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 _REPORTS = "reports"
 """User attribute: step to the objective's values, and to those of each prompt. Optuna keeps one value only."""
+_JUDGED = "judged"
+"""User attribute: the last step whose report did not end the trial."""
 
 
 class Reports:
@@ -39,22 +42,33 @@ class Reports:
                 self._tell(trial, event)
                 self._undecided.add(trial.number)
 
-    def prune(self, number: int) -> bool:
-        """Whether the trial is to be ended; asked once for each report.
+    def prune(self, trial: Trial) -> bool:
+        """Whether the trial is to be ended; each report is judged once, in the order of their steps.
 
-        Of several values, the pruner must condemn the trial by each on its own: whoever may still be the best in one
-        may still be on the front. Trials that break a bound are nobody's yardstick.
+        Of several values, the pruner must condemn the trial by each on its own, and another must have been better in
+        all of them at that step: whoever may still be on the front goes on. Trials that break a bound are nobody's
+        yardstick.
         """
-        if not self._spec.pruner.needs_reports or number not in self._undecided:
+        if not self._spec.pruner.needs_reports or trial.number not in self._undecided:
             return False
-        self._undecided.discard(number)
-        trials = self._study.get_trials(deepcopy=False)
-        return all(self._condemns(trials, number, place) for place in range(len(self._spec.objective.names)))
+        self._undecided.discard(trial.number)
+        own = self._frozen(trial)
+        others = [
+            other for other in self._study.get_trials(deepcopy=False) if other is not own and _keeps_bounds(other)
+        ]
+        judged = own.user_attrs.get(_JUDGED, -1)
+        for step in sorted(step for step in map(int, own.user_attrs.get(_REPORTS, {})) if step > judged):
+            if self._condemns(own, others, step):
+                return True
+            trial.set_user_attr(_JUDGED, step)
+        return False
 
-    def _condemns(self, trials: Sequence[FrozenTrial], number: int, place: int) -> bool:
-        curves = [_curve(trial, place) for trial in trials]
-        own = curves[number]
-        return own.last >= 0 and self._spec.pruner.prunes(own, [curve for curve in curves if curve is not own])
+    def _condemns(self, own: FrozenTrial, others: Sequence[FrozenTrial], step: int) -> bool:
+        for place in range(len(self._spec.objective.names)):
+            peers = [_curve(other, place) for other in others]
+            if not self._spec.pruner.prunes(_curve(own, place, step), peers):
+                return False
+        return len(self._spec.objective.names) == 1 or _is_beaten(own, others, step)
 
     def verdict(self, number: int) -> str:
         """Where a pruned trial stood, for people."""
@@ -84,16 +98,34 @@ def _reports(study: optuna.Study, number: int) -> dict[str, Any]:
     return study.get_trials(deepcopy=False)[number].user_attrs.get(_REPORTS, {})
 
 
-def _curve(trial: FrozenTrial, place: int) -> Curve:
-    """A trial along the value at `place`."""
-    reports = {int(step): report for step, report in trial.user_attrs.get(_REPORTS, {}).items()}
-    is_yardstick = trial.state is TrialState.COMPLETE and all(amount <= 0 for amount in trial.constraints.values())
+def _curve(trial: FrozenTrial, place: int, until: float = math.inf) -> Curve:
+    """A trial along the value at `place`, as it was known after step `until`."""
+    known = {int(step): report for step, report in trial.user_attrs.get(_REPORTS, {}).items()}
+    reports = {step: report for step, report in known.items() if step <= until}
     return Curve(
         trial.number,
         {step: report["values"][place] for step, report in reports.items()},
         {step: [values[place] for values in report["prompts"]] for step, report in reports.items()},
-        trial.values[place] if is_yardstick else None,
+        trial.values[place] if trial.state is TrialState.COMPLETE else None,
     )
+
+
+def _keeps_bounds(trial: FrozenTrial) -> bool:
+    return all(amount <= 0 for amount in trial.constraints.values())
+
+
+def _is_beaten(own: FrozenTrial, others: Sequence[FrozenTrial], step: int) -> bool:
+    """Whether another trial was no worse in any value at this step, and better in one; undefined is the worst."""
+
+    def values(trial: FrozenTrial) -> tuple[float, ...]:
+        report = trial.user_attrs.get(_REPORTS, {}).get(str(step), {"values": []})
+        return tuple(-math.inf if math.isnan(value) else value for value in report["values"])
+
+    ours = values(own)
+    if not any(map(math.isfinite, ours)):
+        return True
+    known = [theirs for other in others if (theirs := values(other))]
+    return any(theirs != ours and all(map(operator.ge, theirs, ours)) for theirs in known)
 
 
 def _number(value: float | None) -> float:

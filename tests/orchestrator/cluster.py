@@ -163,3 +163,13 @@ def states(study: optuna.Study) -> list[str]:
 
 def fail_with(reason: Any, message: str = "why") -> Behaviour:
     return lambda run: run.write(run.error, RunError(reason=reason, message=message))
+
+
+def begin(spec: StudySpec) -> Controller:
+    """A controller of the study that the test moves step by step."""
+    return Controller(spec, open_in_memory(spec))
+
+
+def die(*_: object) -> None:
+    """Put in place of what a controller was about to do."""
+    raise Crash

@@ -2,6 +2,7 @@
 
 # pyright: basic
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.launcher import JobId
+from orchestrator.launcher import JobId, JobState
 from orchestrator.tables import best_trial, won
 from orchestrator.views import trial_views
-from tests.orchestrator.cluster import Cluster, drive, fail_with, spec_of, states
+from tests.orchestrator.cluster import Cluster, begin, drive, fail_with, spec_of, states
 from tests.orchestrator.studies import TREE, load, score
 from trainers.errors import ConfigError, LaunchError, StorageError
 from trainers.rundir import RunDir, thaw
@@ -24,6 +25,7 @@ def by_rate(run: RunDir) -> None:
     score(run, clip_t=0.3 - 10 * rate, clip_i=0.5 + rate)
 
 
+NEEDS_BASE = "objective={kind: constrained, maximise: {clip_i: 1}, subject_to: {clip_t: {below_base: 0.5}}}"
 BOUNDED = "objective={kind: constrained, maximise: {clip_i: 1}, subject_to: {clip_t: {at_least: 0.28}}}"
 
 
@@ -90,17 +92,29 @@ def test_several_values_end_in_a_front(cluster: Cluster, tmp_path: Path):
         best_trial(spec, trial_views(spec, study))
 
 
+class Reporter(dict[JobId, dict[str, Any]]):
+    """A cluster's jobs, which report once when they begin: picture-picture and text-picture score by trial."""
+
+    def __init__(self, reported: list[tuple[float, float]]) -> None:
+        self.reported = reported
+
+    def __setitem__(self, job_id: JobId, job: dict[str, Any]) -> None:
+        super().__setitem__(job_id, job)
+        one, two = self.reported[int(job["run"].path.name)]
+        scores = {"clip_i": one, "clip_t": two}
+        job["run"].append("report", step=10, scores=scores, prompts={name: [v] for name, v in scores.items()})
+
+
+def test_a_compromise_that_none_beats_in_all_values_goes_on(cluster: Cluster, tmp_path: Path):
+    """The default percentile condemns each after the second by each value alone."""
+    cluster.jobs = Reporter([(0.9, 0.1), (0.1, 0.9), (0.85, 0.15), (0.15, 0.85), (0.5, 0.5), (0.5, 0.4)])
+    sets = ("pruner={kind: percentile, startup_trials: 1}", "trial.report={every: 10}", "limits.trials=6")
+    study, _ = drive(spec_of(tmp_path, PARETO, *sets, "sampler={kind: random}"))
+    assert states(study) == ["COMPLETE"] * 5 + ["PRUNED"]
+
+
 def test_of_several_values_a_trial_ends_only_if_the_pruner_ends_it_by_each(cluster: Cluster, tmp_path: Path):
-    reported = {0: (0.5, 0.5), 1: (0.4, 0.6), 2: (0.3, 0.4), 3: (0.6, 0.4), 4: (0.45, 0.55)}
-
-    class Reporter(dict[JobId, dict[str, Any]]):
-        def __setitem__(self, job_id: JobId, job: dict[str, Any]) -> None:
-            super().__setitem__(job_id, job)
-            one, two = reported[int(job["run"].path.name)]
-            scores = {"clip_i": one, "clip_t": two}
-            job["run"].append("report", step=10, scores=scores, prompts={name: [v] for name, v in scores.items()})
-
-    cluster.jobs = Reporter()
+    cluster.jobs = Reporter([(0.5, 0.5), (0.4, 0.6), (0.3, 0.4), (0.6, 0.4), (0.45, 0.55)])
     cluster.rng, cluster.crash = random.Random(4), 0.1
     sets = ("pruner={kind: median, startup_trials: 1}", "trial.report={every: 10}", "limits.trials=5")
     study, crashes = drive(spec_of(tmp_path, PARETO, *sets, "sampler={kind: random}"))
@@ -134,3 +148,24 @@ def test_a_search_along_a_line_follows_one_value_alone(tmp_path: Path):
     load(tmp_path, BOUNDED)
     with pytest.raises(ConfigError, match="objective: got an objective of several values"):
         load(tmp_path, PARETO)
+
+
+def test_the_base_may_wait_in_a_queue(cluster: Cluster, tmp_path: Path):
+    cluster.progress, cluster.first_state = lambda: None, JobState.QUEUED
+    waiting = begin(spec_of(tmp_path, "launcher.timeout_minutes=1", NEEDS_BASE))
+    moments = itertools.count(0, 3600)
+    waiting._meter.clock = lambda: next(moments)
+    for _ in range(5):
+        waiting.step()
+    assert not cluster.cancelled
+    assert waiting._meter.usage.device_seconds == 0
+
+
+def test_the_base_waits_for_a_device(cluster: Cluster, tmp_path: Path):
+    cluster.num_devices = 0
+    waiting = begin(spec_of(tmp_path, NEEDS_BASE))
+    waiting.step()
+    assert not cluster.jobs
+    cluster.num_devices = 1
+    waiting.step()
+    assert cluster.jobs[JobId("0")]["job"].devices == (0,)

@@ -11,28 +11,15 @@ import pytest
 from optuna.trial import TrialState
 
 from orchestrator import controller
-from orchestrator.controller import Controller
 from orchestrator.ending import end_jobs
 from orchestrator.failures import StudyStoppedError
 from orchestrator.launcher import JobId, JobState
-from orchestrator.spec import StudySpec
-from tests.orchestrator.cluster import Cluster, Crash, drive, fail_with, open_in_memory, spec_of, states
+from tests.orchestrator.cluster import Cluster, Crash, begin, die, drive, fail_with, spec_of, states
 from tests.orchestrator.studies import score
-from trainers.errors import ConfigError
 from trainers.rundir import RunDir, thaw
 
-BAD = {"clip_t": 0.1, "clip_i": 0.1}
 NEEDS_BASE = "objective={kind: constrained, maximise: {clip_i: 1}, subject_to: {clip_t: {below_base: 0.5}}}"
 """The untrained model's job comes first."""
-
-
-def begin(spec: StudySpec) -> Controller:
-    """A controller of the study that the test moves step by step."""
-    return Controller(spec, open_in_memory(spec))
-
-
-def die(*_: object) -> None:
-    raise Crash
 
 
 def test_a_study_ends_with_exactly_its_number_of_scored_trials(cluster: Cluster, tmp_path: Path):
@@ -242,22 +229,6 @@ def test_a_job_s_time_begins_when_it_leaves_the_queue(cluster: Cluster, tmp_path
         drive(spec_of(tmp_path, *sets))
 
 
-def test_a_pruned_trial_is_ended_and_counts_with_its_last_value(cluster: Cluster, tmp_path: Path):
-    cluster.behaviour = lambda run: None
-
-    class Reporter(dict[JobId, dict[str, Any]]):
-        def __setitem__(self, job_id: JobId, job: dict[str, Any]) -> None:
-            super().__setitem__(job_id, job)
-            job["run"].append("report", step=10, scores={"clip_t": 0.1, "clip_i": 1}, prompts={"clip_t": [0.1, 0.1]})
-
-    cluster.jobs = Reporter()
-    study, _ = drive(spec_of(tmp_path, "pruner={kind: threshold}", "trial.report={every: 10}", "limits.trials=3"))
-    assert states(study) == ["PRUNED"] * 3
-    assert [trial.value for trial in study.trials] == [0.1] * 3
-    assert study.trials[0].user_attrs["message"] == "threshold ended it after step 10, at 0.1"
-    assert cluster.cancelled == ["0", "1", "2"]
-
-
 def test_a_result_that_cannot_be_read_fails_its_trial(cluster: Cluster, tmp_path: Path):
     cluster.behaviour = lambda run: run.result.write_text("{}") if run.path.name == "0001" else score(run)
     study, _ = drive(spec_of(tmp_path, "limits.trials=2"))
@@ -302,38 +273,6 @@ def test_a_frozen_trial_that_was_edited_is_not_run(cluster: Cluster, tmp_path: P
     assert "must not be edited" in study.trials[0].user_attrs["message"]
 
 
-def test_a_pruned_trial_frees_its_place_at_once_and_being_killed_changes_no_verdict(cluster: Cluster, tmp_path: Path):
-    """Every second trial reports that it is poor; the median ends it long before it would have been scored."""
-
-    class Reporter(dict[JobId, dict[str, Any]]):
-        def __setitem__(self, job_id: JobId, job: dict[str, Any]) -> None:
-            super().__setitem__(job_id, job)
-            value = 0.5 - 0.3 * (int(job["run"].path.name) % 2)
-            job["run"].append("report", step=10, scores={"clip_t": value}, prompts={"clip_t": [value]})
-
-    cluster.jobs = Reporter()
-    cluster.rng, cluster.crash = random.Random(1), 0.1
-    sets = ("pruner={kind: median, startup_trials: 1}", "trial.report={every: 10}", "limits.trials=6")
-    study, crashes = drive(spec_of(tmp_path, *sets, "sampler={kind: random}"))
-    assert crashes
-    assert states(study) == ["COMPLETE", "PRUNED"] * 3
-    assert [trial.intermediate_values for trial in study.trials] == [{10: 0.5}, {10: 0.2}] * 3
-    assert len(cluster.jobs) == 6
-
-
-@pytest.mark.parametrize(
-    ("sets", "problem"),
-    [
-        (["pruner={kind: median}"], "pruner: got median without trial.report"),
-        (["trial.report={every: 300}"], "trial.report.every: got 300 for trials of at most 300 steps"),
-        (["pruner={kind: hyperband, min_steps: 9, max_steps: 9}"], "pruner.*expected more than min_steps 9"),
-    ],
-)
-def test_a_pruner_that_could_never_judge_is_refused(cluster: Cluster, tmp_path: Path, sets: list[str], problem: str):
-    with pytest.raises(ConfigError, match=problem):
-        spec_of(tmp_path, *sets)
-
-
 def test_jobs_wait_for_a_device_and_none_is_given_twice(cluster: Cluster, tmp_path: Path):
     cluster.num_devices = 2
     cluster.rng, cluster.crash, cluster.lose = random.Random(6), 0.05, 0.1
@@ -341,21 +280,6 @@ def test_jobs_wait_for_a_device_and_none_is_given_twice(cluster: Cluster, tmp_pa
     assert crashes
     assert states(study) == ["COMPLETE"] * 8
     assert {job["job"].devices for job in cluster.jobs.values()} == {(0,), (1,)}
-
-
-def test_a_trial_that_was_being_pruned_when_its_controller_was_killed_is_pruned(cluster: Cluster, tmp_path: Path):
-    cluster.behaviour = lambda run: None
-    sets = ("limits.trials=1", "limits.max_retries=0", "pruner={kind: threshold}", "trial.report={every: 10}")
-    spec = spec_of(tmp_path, *sets)
-    doomed = begin(spec)
-    doomed.step()
-    RunDir(spec.root / "trials" / "0000").append("report", step=10, scores=BAD, prompts={name: [0.1] for name in BAD})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Controller, "_end", die)
-        with pytest.raises(Crash):
-            doomed.step()
-    study, _ = drive(spec)
-    assert states(study) == ["PRUNED"]
 
 
 def test_killed_while_it_ends_its_jobs_a_controller_has_lost_none(cluster: Cluster, tmp_path: Path):
@@ -383,24 +307,3 @@ def test_a_job_that_is_put_back_into_the_queue_has_worked_for_all_its_pieces(clu
     running.step()
     assert cluster.cancelled == ["0"]
     assert running._meter.usage.device_seconds == 12 * 3600
-
-
-def test_the_base_may_wait_in_a_queue(cluster: Cluster, tmp_path: Path):
-    cluster.progress, cluster.first_state = lambda: None, JobState.QUEUED
-    waiting = begin(spec_of(tmp_path, "launcher.timeout_minutes=1", NEEDS_BASE))
-    moments = itertools.count(0, 3600)
-    waiting._meter.clock = lambda: next(moments)
-    for _ in range(5):
-        waiting.step()
-    assert not cluster.cancelled
-    assert waiting._meter.usage.device_seconds == 0
-
-
-def test_the_base_waits_for_a_device(cluster: Cluster, tmp_path: Path):
-    cluster.num_devices = 0
-    waiting = begin(spec_of(tmp_path, NEEDS_BASE))
-    waiting.step()
-    assert not cluster.jobs
-    cluster.num_devices = 1
-    waiting.step()
-    assert cluster.jobs[JobId("0")]["job"].devices == (0,)
