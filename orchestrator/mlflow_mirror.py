@@ -197,7 +197,7 @@ class Mirror:
     def _find_parent(self, trials: Sequence[TrialView]) -> _Child:
         first = min(trials, key=lambda trial: trial.number).start
         assert first is not None
-        started = first.replace(tzinfo=None).isoformat()  # as Optuna stores it: the same in every time zone
+        started = first.replace(tzinfo=None).isoformat()  # UTC, as the database has it
         found = self._search(f"tags.study = '{self._study.name}' and tags.started = '{started}'")
         if found:
             parent = _child(found[0])

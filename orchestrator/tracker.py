@@ -60,6 +60,7 @@ class TrialView:
     """Why it was pruned, failed, or cannot win."""
     run: RunDir
     start: datetime | None
+    """In UTC, as `end`."""
     end: datetime | None
     violations: dict[str, float] = field(default_factory=dict[str, float])
     """Bounds of the objective that a scored trial breaks, and by how much."""
