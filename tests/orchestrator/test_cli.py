@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -261,20 +260,6 @@ def test_what_is_shown_is_what_optuna_stored(world: Path):
     assert [replace(view, params={}) for view in shown] == [replace(view, params={}) for view in stored]
     assert [view.params for view in shown[:2]] == [view.params for view in stored[:2]]
     assert [view.state for view in shown] == ["COMPLETE", "COMPLETE", "PRUNED", "FAIL", "RUNNING"]
-
-
-def test_a_trial_s_times_are_the_same_text_in_every_time_zone(world: Path, monkeypatch: pytest.MonkeyPatch):
-    finish(world.parent, 0.1)
-    spec = load(world.parent)
-    stored = [(str(view.start), str(view.end)) for view in read_trials(spec)]
-    try:
-        for zone in ("UTC", "Asia/Tokyo", "America/Lima"):
-            monkeypatch.setenv("TZ", zone)
-            time.tzset()
-            assert [(str(view.start), str(view.end)) for view in trial_views(spec, open_study(spec))] == stored
-    finally:
-        monkeypatch.undo()
-        time.tzset()
 
 
 def test_parameters_are_named_by_as_few_words_as_tell_them_apart():

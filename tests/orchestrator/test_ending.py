@@ -1,13 +1,17 @@
+# pyright: basic
 import gc
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from orchestrator.ending import interruptible, pause, undisturbed
+from orchestrator.replay import _new_folder
+from trainers.rundir import RunDir
 
 SIGNALS = pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 
@@ -83,3 +87,10 @@ def test_undisturbed_work_is_not_ended(sign: signal.Signals) -> None:
     with interruptible(), undisturbed():
         send(sign)
         pause(0)
+
+
+def test_a_replay_is_written_beside_the_earlier_ones_even_if_one_was_deleted(tmp_path: Path) -> None:
+    trial = RunDir(tmp_path / "trials" / "0003")
+    folders = [_new_folder(tmp_path, trial).path for _ in range(2)]
+    folders[0].rmdir()
+    assert _new_folder(tmp_path, trial).path == tmp_path / "replays" / "0003-3"
