@@ -16,6 +16,7 @@ from orchestrator.beginning import find_beginning
 from orchestrator.launchers.local import LocalLauncher, gpu_bytes
 from orchestrator.ledger import has_study, read_trials
 from orchestrator.search import CategoricalParameter, Value
+from orchestrator.tracker import COUNTED_STATES
 from trainers.errors import ConfigError, DataError, LaunchError, ModelError, StorageError
 
 if TYPE_CHECKING:
@@ -265,5 +266,5 @@ def estimate_rest(spec: StudySpec) -> Estimate:
     """What the study still has to do, measured on the trials it has finished."""
     trials = read_trials(spec) if has_study(spec) else []
     results = [(trial.run.path, trial.run.read_result()) for trial in trials if trial.state == "COMPLETE"]
-    counted = sum(trial.state in {"COMPLETE", "PRUNED"} for trial in trials)
+    counted = sum(trial.state in COUNTED_STATES for trial in trials)
     return estimate(spec, [(path, result) for path, result in results if result is not None], counted)

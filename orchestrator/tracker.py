@@ -12,6 +12,8 @@ from trainers.rundir import RunDir
 
 FINAL_STATES = frozenset({"COMPLETE", "PRUNED", "FAIL"})
 """Optuna's names of the states in which a trial changes no more."""
+COUNTED_STATES = frozenset({"COMPLETE", "PRUNED"})
+"""Those of trials that count towards a study's limit."""
 
 
 @dataclass(frozen=True)
