@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Standing(Config):
     value: Measured
     """The objective."""
     difference: Measured
-    """Its value minus the winner's on the same prompts and seeds; 0 for the winner."""
+    """Its value minus the winner's on the same prompts and seeds; 0 for the winner, undefined without a value."""
     low: Measured
     """Lower end of the 95 % interval of the difference."""
     high: Measured
@@ -60,6 +61,8 @@ class Standing(Config):
     @property
     def verdict(self) -> str:
         """Whether the winner is really better, in a few words."""
+        if math.isnan(self.difference):
+            return "not comparable"
         if self.high < 0:
             return "worse"
         return "better" if self.low > 0 else "not clearly different"
@@ -73,11 +76,16 @@ class Confirmation(Config):
     num_samples: int
     """Pictures of each contestant."""
     standings: tuple[Standing, ...]
-    """Trials from the best to the worst on fresh seeds, then who cannot win: defaults that break a bound, the base."""
+    """Trials from the best to the worst on fresh seeds, then who cannot win.
+
+    Those are trials without a value to compare, defaults that break a bound, and the base. Where no trial has a value,
+    the best of the study stays the winner.
+    """
 
     def evidence(self, contest: Contest) -> Evidence:
         """What trackers are told."""
-        values = {one.trial: one.value for one in self.standings if one.trial is not None}
+        known = [one for one in self.standings if not math.isnan(one.value)]
+        values = {one.trial: one.value for one in known if one.trial is not None}
         return Evidence(self.winner, values, (contest.file, contest.table, contest.picture))
 
 
@@ -211,8 +219,9 @@ def stand(contest: Contest, panels: Mapping[str, Panel]) -> Confirmation:
     numbers: dict[str, int | None] = {f"trial {number}": number for number in contest.candidates}
     if contest.defaults_can_win and "defaults" in panels:
         numbers["defaults"] = 0
-    ranked = rank_panels({name: panels[name] for name in numbers})
-    first = next(iter(ranked))
+    able = _comparable({name: panels[name] for name in numbers})
+    ranked = rank_panels(able) if able else {}
+    first = next(iter(ranked), f"trial {contest.candidates[0]}")
     others = {name: panel for name, panel in panels.items() if name not in ranked}
     differences = ranked | {name: paired_difference(panel, panels[first]) for name, panel in others.items()}
     standings = tuple(
@@ -230,6 +239,15 @@ def stand(contest: Contest, panels: Mapping[str, Panel]) -> Confirmation:
     winner = numbers[first]
     assert winner is not None
     return Confirmation(winner=winner, num_samples=len(panels[first]), standings=standings)
+
+
+def _comparable(panels: Mapping[str, Panel]) -> dict[str, Panel]:
+    """Those with a value for a (prompt, seed) in common; whoever has the fewest values is left out first."""
+    known = {name: {key for key in panel if not math.isnan(panel[key])} for name, panel in panels.items()}
+    left = sorted(panels, key=lambda name: -len(known[name]))
+    while left and not set[tuple[str, int]].intersection(*(known[name] for name in left)):
+        left.pop()
+    return {name: panel for name, panel in panels.items() if name in left}
 
 
 def _write_table(contest: Contest, found: Confirmation) -> None:

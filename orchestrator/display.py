@@ -16,12 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.front import front
-from orchestrator.tracker import StudyView, TrialView
+from orchestrator.tracker import COUNTED_STATES, FINAL_STATES, StudyView, TrialView
 from trainers.rundir import RunDir, thaw
 
 _LINE_SECONDS = 30.0
-_COUNTED = ("COMPLETE", "PRUNED")
-_ENDED = (*_COUNTED, "FAIL")
 _BAR_WIDTH = 30
 
 
@@ -102,7 +100,7 @@ class Display:
 
     def _print_changes(self, study: StudyView, trials: Sequence[TrialView]) -> None:
         if self._states is None:
-            self._states = {trial.number: trial.state for trial in trials if trial.state in _ENDED}
+            self._states = {trial.number: trial.state for trial in trials if trial.state in FINAL_STATES}
             self._last_line = self.clock()
             self._print(f"{study.name}: {_summary(study, trials, self.now())}")
         for trial in trials:
@@ -147,7 +145,7 @@ def seconds_left(study: StudyView, trials: Sequence[TrialView], now: datetime) -
     took = [
         (trial.end - trial.start).total_seconds()
         for trial in trials
-        if trial.state in _COUNTED and trial.start and trial.end
+        if trial.state in COUNTED_STATES and trial.start and trial.end
     ]
     missing = study.num_trials - _num_counted(trials)
     if not took or missing <= 0:
@@ -159,7 +157,7 @@ def seconds_left(study: StudyView, trials: Sequence[TrialView], now: datetime) -
 
 
 def _num_counted(trials: Sequence[TrialView]) -> int:
-    return sum(trial.state in _COUNTED for trial in trials)
+    return sum(trial.state in COUNTED_STATES for trial in trials)
 
 
 def _best(study: StudyView, trials: Sequence[TrialView]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from abc import abstractmethod
 from collections import Counter
@@ -37,8 +38,11 @@ class Subject:
 
     @property
     def slug(self) -> str:
-        """The name as part of a study's."""
-        return re.sub(r"[^a-z0-9_-]+", "-", self.name.lower()).strip("-_")
+        """The name as part of a study's; a hash stands for words without Latin letters. Empty for signs alone."""
+        latin = re.sub(r"[^a-z0-9_-]+", "-", self.name.lower()).strip("-_")
+        if self.name.isascii() or re.search(r"[a-z]", latin):
+            return latin
+        return f"{latin}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}".strip("-")
 
 
 class Subjects(Choice):
@@ -143,10 +147,12 @@ class ForEach(Config):
         """All subjects.
 
         Raises:
-            ConfigError, DataError: As `Subjects.list`; or the names of two would be one.
+            ConfigError, DataError: As `Subjects.list`; or a name says nothing, or those of two would be one.
         """
         found = self.subject.list()
-        twice = [slug for slug, count in Counter(subject.slug for subject in found).items() if count > 1 or not slug]
+        if nameless := [subject.name for subject in found if not subject.slug]:
+            raise ConfigError(f"foreach.subject: got the name {nameless[0]!r}; expected a letter or a digit in it")
+        twice = [slug for slug, count in Counter(subject.slug for subject in found).items() if count > 1]
         if twice:
             raise ConfigError(
                 f"foreach.subject: got two subjects that are called {twice[0]!r}; expected names that differ"

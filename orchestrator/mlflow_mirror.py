@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from orchestrator.database import open_database
 from orchestrator.failures import failure_file, read_failure
 from orchestrator.front import front
-from orchestrator.progress import Picture, Progress, objectives, plain, read_news, scores
+from orchestrator.progress import Picture, Progress, outcome, plain, read_news
 from orchestrator.tracker import Evidence, StudyView, TrialView
 from trainers.errors import StorageError, TrackerError
 from trainers.rundir import RunDir, recorded_hash, thaw
@@ -157,29 +157,25 @@ class Mirror:
 
     def _send_outcome(self, child: _Child, trial: TrialView) -> None:
         tags = {"state": trial.state, "reason": trial.reason or ""}
-        metrics: list[Metric] = []
+        ended = _milliseconds(trial.end or trial.start)
+        metrics = [_metric(name, value, ended) for name, value in outcome(self._study, trial).items()]
         if result := trial.run.read_result():
-            written = int(trial.run.result.stat().st_mtime * 1000)
-            metrics += [_metric(name, value, written) for name, value in scores(result).items()]
             tags |= {f"version.{package}": version for package, version in result.versions.items()}
-            self._send_files(child, trial.run, written)
+            self._send_files(child, trial.run)
         if failure := read_failure(trial.run):
             tags |= {"last_step": str(failure.step), "jobs_lost": str(failure.jobs_lost)}
             if failure.peak_bytes is not None:
-                metrics.append(_metric("peak_bytes", failure.peak_bytes, _milliseconds(trial.end or trial.start)))
+                metrics.append(_metric("peak_bytes", failure.peak_bytes, ended))
             self._client.log_artifact(child.run_id, str(failure_file(trial.run)))
-        told = objectives(self._study.value_names, trial.values)
-        told |= {f"violation/{plain(bound)}": amount for bound, amount in trial.violations.items()}
-        metrics += [_metric(name, value, _milliseconds(trial.end or trial.start)) for name, value in told.items()]
         self._send(child, metrics=metrics, tags=tags)
 
-    def _send_files(self, child: _Child, run: RunDir, written: int) -> None:
+    def _send_files(self, child: _Child, run: RunDir) -> None:
         if run.adapter.is_dir():
             self._client.log_artifacts(child.run_id, str(run.adapter), "adapter")
         if run.records.is_file():
             self._client.log_artifact(child.run_id, str(run.records))
         if (run.samples / "grid.png").is_file():
-            self._send_image(child, Picture(IMAGE_KEY, run.samples / "grid.png", 0, written / 1000))
+            self._send_image(child, Picture(IMAGE_KEY, run.samples / "grid.png", 0, run.result.stat().st_mtime))
 
     def _send_image(self, child: _Child, picture: Picture) -> None:
         """Log a picture once: each call makes new files, so ask whether an interrupted update made them."""
@@ -197,7 +193,7 @@ class Mirror:
     def _find_parent(self, trials: Sequence[TrialView]) -> _Child:
         first = min(trials, key=lambda trial: trial.number).start
         assert first is not None
-        started = first.replace(tzinfo=None).isoformat()  # as Optuna stores it: the same in every time zone
+        started = first.replace(tzinfo=None).isoformat()  # UTC, as the database has it
         found = self._search(f"tags.study = '{self._study.name}' and tags.started = '{started}'")
         if found:
             parent = _child(found[0])

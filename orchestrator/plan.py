@@ -16,6 +16,7 @@ from orchestrator.beginning import find_beginning
 from orchestrator.launchers.local import LocalLauncher, gpu_bytes
 from orchestrator.ledger import has_study, read_trials
 from orchestrator.search import CategoricalParameter, Value
+from orchestrator.tracker import COUNTED_STATES
 from trainers.errors import ConfigError, DataError, LaunchError, ModelError, StorageError
 
 if TYPE_CHECKING:
@@ -134,13 +135,17 @@ def estimate(spec: StudySpec, finished: Iterable[tuple[Path, RunResult]], counte
     done, left = list(finished), max(0, spec.num_trials - counted)
     results = [result for _, result in done]
     memory, memory_formula = _memory(spec, results)
-    disk, disk_formula = _disk(spec, [_size(path) for path, _ in done])
+    sizes = [(_size(path), _size(path / "checkpoints")) for path, _ in done]
+    disk, disk_formula = _disk(spec, [size for size, _ in sizes])
+    deleted = _deleted(spec, sizes, left)
     once = _training_disk(spec, {}) if spec.shares_training and left and not done else 0
     return Estimate(
         trials_left=left,
         seconds_per_trial=sum(_seconds(spec, r) for r in results) / len(results) if results else None,
-        disk_bytes=once + disk * left,
-        disk_formula=f"training {human(once)} + " * bool(once) + f"{left} trials x {disk_formula}",
+        disk_bytes=once + disk * left - deleted,
+        disk_formula=f"training {human(once)} + " * bool(once)
+        + f"{left} trials x {disk_formula}"
+        + f" - {human(deleted)} of checkpoints that limits.disk_gib deletes" * bool(deleted),
         memory_bytes=memory,
         memory_formula=memory_formula,
         on_gpu=bool(_gpus(spec)),
@@ -211,7 +216,28 @@ def _seconds(spec: StudySpec, result: RunResult) -> float:
 def _training_disk(spec: StudySpec, params: Mapping[str, Value]) -> int:
     """An adapter, those of earlier steps, and the checkpoints that lead to it."""
     train = spec.resolve(params).train
-    return train.num_trainable() * _FLOAT * (train.num_exports + _ADAM_COPIES * (_CHECKPOINTS + 1))
+    return train.num_trainable() * _FLOAT * train.num_exports + _checkpoint_disk(spec, params)
+
+
+def _checkpoint_disk(spec: StudySpec, params: Mapping[str, Value]) -> int:
+    return spec.resolve(params).train.num_trainable() * _FLOAT * _ADAM_COPIES * (_CHECKPOINTS + 1)
+
+
+def _deleted(spec: StudySpec, sizes: list[tuple[int, int]], left: int) -> int:
+    """What `limits.disk_gib` takes away of the checkpoints of the trials that are left.
+
+    `sizes` are those of finished trials, with their checkpoints and of these alone.
+    """
+    limits = spec.limits
+    if limits.disk_gib is None or spec.shares_training or spec.trial.adapter:
+        return 0
+    if sizes:
+        each = max(size for size, _ in sizes) - max(size - checkpoints for size, checkpoints in sizes)
+    else:
+        each = max(_checkpoint_disk(spec, corner) for corner in _extremes(spec))
+    kept = max(limits.disk_gib * 2**30, each * (limits.keep + len(limits.pinned)))
+    room = max(0, int(kept) - sum(checkpoints for _, checkpoints in sizes))
+    return max(0, each * (left - limits.parallel) - room)  # trials that run have theirs
 
 
 def _disk(spec: StudySpec, sizes: list[int]) -> tuple[int, str]:
@@ -240,5 +266,5 @@ def estimate_rest(spec: StudySpec) -> Estimate:
     """What the study still has to do, measured on the trials it has finished."""
     trials = read_trials(spec) if has_study(spec) else []
     results = [(trial.run.path, trial.run.read_result()) for trial in trials if trial.state == "COMPLETE"]
-    counted = sum(trial.state in {"COMPLETE", "PRUNED"} for trial in trials)
+    counted = sum(trial.state in COUNTED_STATES for trial in trials)
     return estimate(spec, [(path, result) for path, result in results if result is not None], counted)

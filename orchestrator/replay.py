@@ -86,7 +86,8 @@ def _launcher(root: Path) -> tuple[Launcher, bool]:
 
 def _new_folder(root: Path, original: RunDir) -> RunDir:
     folder = root / "replays"
-    count = len(list(folder.glob(f"{original.path.name}-*")))
-    run = RunDir(folder / f"{original.path.name}-{count + 1}")
+    endings = [path.name.rpartition("-")[2] for path in folder.glob(f"{original.path.name}-*")]
+    last = max((int(ending) for ending in endings if ending.isdecimal()), default=0)
+    run = RunDir(folder / f"{original.path.name}-{last + 1}")
     run.path.mkdir(parents=True)
     return run

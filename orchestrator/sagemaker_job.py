@@ -10,11 +10,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import boto3
+from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 
 from orchestrator.s3 import Bucket, Mirror
@@ -27,6 +29,8 @@ RUN = "{run}"
 """Stands for the trial's folder, which has another path here, among the arguments."""
 _OURS_ALONE = frozenset(("lock", "cache"))
 """What is not copied; neither are the trial's own checkpoints, which the platform copies."""
+_LAST_COPIES = 5
+"""Attempts to copy what a job that has ended leaves."""
 _SHUTDOWN_SECONDS = 100
 """For ranks to write a checkpoint; the platform kills 120 s after it asked a job to end."""
 
@@ -54,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LaunchError as error:
         run.write(run.error, RunError(reason="config", message=str(error)))
         code = 1
-    mirror.upload()
+    _copy_all(mirror, options.sync_seconds)
     if code:
         _say(options.root / "output" / "failure", f"exit code {code}; see {options.uri}run/log.txt")
     return code
@@ -99,12 +103,23 @@ def _run(order: Mapping[str, Any], run: RunDir, mirror: Mirror, seconds: float) 
                 _copy(mirror)
 
 
-def _copy(mirror: Mirror) -> None:
-    """Copy now what can be copied; what cannot is tried again."""
+def _copy_all(mirror: Mirror, seconds: float) -> None:
+    """Copy what a job leaves; an error of the last attempt is the job's."""
+    for _ in range(_LAST_COPIES - 1):
+        if _copy(mirror):
+            return
+        time.sleep(seconds)
+    mirror.upload()
+
+
+def _copy(mirror: Mirror) -> bool:
+    """Copy now what can be copied, and say whether that was all; what cannot is tried again."""
     try:
         mirror.upload()
-    except (BotoCoreError, ClientError, OSError) as error:
+    except (Boto3Error, BotoCoreError, ClientError, OSError) as error:
         print(f"could not copy to S3, will try again: {error}", file=sys.stderr)  # noqa: T201  the platform's log
+        return False
+    return True
 
 
 def _say(path: Path, text: str) -> None:

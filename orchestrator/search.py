@@ -108,7 +108,8 @@ class RealParameter(Parameter):
         if self.step is None:
             return None
         count = round((self.high - self.low) / self.step) + 1
-        return [float(f"{self.low + index * self.step:.12g}") for index in range(count)]  # 0.3, not 0.1 + 2 * 0.1
+        values = (float(f"{self.low + index * self.step:.12g}") for index in range(count))  # 0.3, not 0.1 + 2 * 0.1
+        return [min(self.high, max(self.low, value)) for value in values]
 
 
 class FloatParameter(RealParameter):

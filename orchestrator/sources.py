@@ -96,8 +96,9 @@ def read_metrics(path: Path, sets: Sequence[str]) -> dict[str, Metric]:
         ConfigError: There are none, or one is not valid.
     """
     tree = load(path, sets).tree
-    section: Any = tree if "metrics" in tree else tree.get("trial", {}).get("evaluate", {})
-    entries = cast("dict[str, Any]", section).get("metrics")
+    entries: Any = tree
+    for key in ("metrics",) if "metrics" in tree else ("trial", "evaluate", "metrics"):
+        entries = cast("dict[str, Any]", entries).get(key) if isinstance(entries, dict) else None
     try:
         return TypeAdapter(dict[MetricName, Metric]).validate_python(entries or None)
     except ValidationError as error:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from orchestrator.failures import describe, read_failure
 from orchestrator.front import front
+from orchestrator.tracker import COUNTED_STATES
 from trainers.errors import ConfigError, StorageError
 from trainers.finished import LORA_FILE
 from trainers.rundir import RunResult, write_atomically
@@ -36,7 +37,7 @@ def status_table(spec: StudySpec, trials: Sequence[TrialView], title: str | None
         title: null says how many trials of the study are done.
     """
     scores = list(spec.trial.evaluate.metrics)
-    counted = sum(trial.state in {"COMPLETE", "PRUNED"} for trial in trials)
+    counted = sum(trial.state in COUNTED_STATES for trial in trials)
     title = title or f"{spec.name}: {counted} of {spec.num_trials} trials"
     table = Table(title=title, title_justify="left")
     table.add_column("trial", justify="right")

@@ -12,6 +12,8 @@ from trainers.rundir import RunDir
 
 FINAL_STATES = frozenset({"COMPLETE", "PRUNED", "FAIL"})
 """Optuna's names of the states in which a trial changes no more."""
+COUNTED_STATES = frozenset({"COMPLETE", "PRUNED"})
+"""Those of trials that count towards a study's limit."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class TrialView:
     """Why it was pruned, failed, or cannot win."""
     run: RunDir
     start: datetime | None
+    """In UTC, as `end`."""
     end: datetime | None
     violations: dict[str, float] = field(default_factory=dict[str, float])
     """Bounds of the objective that a scored trial breaks, and by how much."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import UTC
 from typing import TYPE_CHECKING
 
 import yaml
@@ -74,7 +75,7 @@ def trial_view(spec: StudySpec, trial: FrozenTrial) -> TrialView:
         values=trial.values,
         reason=reason or broken_text(broken),
         run=run_dir(spec.root, trial.number),
-        start=trial.datetime_start.astimezone() if trial.datetime_start else None,
-        end=trial.datetime_complete.astimezone() if trial.datetime_complete else None,
+        start=trial.datetime_start and trial.datetime_start.astimezone(UTC),  # trackers know a study by it, anywhere
+        end=trial.datetime_complete and trial.datetime_complete.astimezone(UTC),
         violations=broken,
     )

@@ -132,9 +132,12 @@ class RunDir:
     def append(self, event: str, **values: Any) -> None:
         """Add one line to `events`; `time` is this machine's clock in seconds since 1970."""
         self.path.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"time": time.time(), "event": event, **values})
-        with self.events.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        line = json.dumps({"time": time.time(), "event": event, **values}).encode() + b"\n"
+        with self.events.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read() == b"\n" else b"\n" + line  # after one that a crash cut short
+            file.write(line)
 
     def read_events(self, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (byte offset after the line, event) for every complete line from `offset` on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING
 
 from orchestrator.command import add_study, load, out, say_name
@@ -81,8 +82,12 @@ def _confirmed(spec: StudySpec, trials: Sequence[TrialView]) -> Iterator[str]:
         for one in found.standings:
             before = f" ({in_study[one.trial]:.4f} in the study)" if one.trial is not None else ""
             gap = f"{one.difference:+.4f} ({one.low:+.4f} to {one.high:+.4f}), {one.verdict}"
+            gap = one.verdict if math.isnan(one.difference) else gap
+            value = "no value" if math.isnan(one.value) else f"{one.value:.4f}"
             lost = f" ({one.num_undefined} pictures without a value left out)" if one.num_undefined else ""
-            yield f"  {one.name}: {one.value:.4f}{before}: {'wins' if one.trial == found.winner else gap}{lost}"
+            yield f"  {one.name}: {value}{before}: {'wins' if one.trial == found.winner else gap}{lost}"
+            if one.trial == found.winner and math.isnan(one.value):
+                yield "  no trial has a value on fresh seeds: the best of the study stays"
             if one.trial is None and one.verdict == "better":
                 yield "  no trial is better than the model before training: widen the search, or train differently"
         yield f"the same as a table: {contest.table}; side by side: {contest.picture}"

@@ -76,6 +76,8 @@ def _files(options: argparse.Namespace, trial: TrialSpec) -> Mapping[Request, st
     from trainers.errors import ConfigError
     from trainers.prompt import Prompt
 
+    if "" in options.prompt:
+        raise ConfigError("got an empty --prompt; expected words")
     told = [*(Prompt(text=text) for text in options.prompt), *_book(options)]
     given = tuple(dict.fromkeys(told)) or trial.evaluate.prompts
     seeds = tuple(dict.fromkeys(options.seeds or trial.evaluate.seeds))

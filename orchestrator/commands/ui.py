@@ -12,7 +12,13 @@ TEXT = "Show the study's tracker in a browser, on this machine only."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     add_study(parser)
-    parser.add_argument("--port", type=int, default=5000, help="where to listen (default 5000)")
+    parser.add_argument("--port", type=_port, default=5000, help="where to listen (default 5000)")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**16:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number from 0 to {2**16 - 1}")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ _LIVE = frozenset(("InProgress", "Stopping"))
 _UNKNOWN = ("not found", "could not find", "does not exist")
 _BUSY = frozenset(
     ("ThrottlingException", "Throttling", "ServiceUnavailable", "InternalFailure", "InternalServerError", "SlowDown")
-)
+) | {"InternalError", "500", "503"}  # S3's; numbers are all that it says to HEAD
 _NOT_SENT = frozenset(("checkpoints", "lock", "samples", "snapshots", "runs"))
 """Of a run directory: the platform keeps the first, and jobs need none of the others."""
 _NOT_RECEIVED = frozenset(("checkpoints",))
@@ -295,17 +295,19 @@ class SageMakerLauncher(Launcher):
     def _ask(self, ask: Callable[[], T]) -> T:
         """What AWS answers; its errors in our words."""
         self._client("s3")  # says what is missing without boto3
-        from boto3.exceptions import Boto3Error
+        from boto3.exceptions import RetriesExceededError, S3UploadFailedError
         from botocore import exceptions
 
         try:
             return ask()
-        except (exceptions.ConnectionError, exceptions.HTTPClientError) as error:
+        except (exceptions.ConnectionError, exceptions.HTTPClientError, RetriesExceededError) as error:
             raise BusyError(f"launcher: got {error}; expected AWS to answer") from error
-        except exceptions.ClientError as error:
-            kind = BusyError if error.response["Error"]["Code"] in _BUSY else LaunchError
+        except (exceptions.ClientError, S3UploadFailedError) as error:
+            refusal = error if isinstance(error, exceptions.ClientError) else error.__context__  # which boto3 wraps
+            is_busy = isinstance(refusal, exceptions.ClientError) and refusal.response["Error"]["Code"] in _BUSY
+            kind = BusyError if is_busy else LaunchError
             raise kind(f"launcher: AWS said: {error}; expected it to accept the request") from error
-        except (exceptions.BotoCoreError, Boto3Error) as error:
+        except exceptions.BotoCoreError as error:
             raise LaunchError(f"launcher: got {error}; expected AWS's region and credentials to be set up") from error
 
 

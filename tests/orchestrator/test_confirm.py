@@ -1,4 +1,5 @@
 # pyright: basic
+import re
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,41 @@ def test_pictures_without_a_value_are_left_out_of_a_difference_and_counted(tmp_p
     panels["trial 1"]["prompt 0", 0] = panels["base"]["prompt 0", 0] = panels["base"]["prompt 3", 1] = float("nan")
     found = stand(contest(tmp_path, 1), panels)
     assert found.standings[1].num_undefined == 2
+
+
+def without_values(panel: dict[tuple[str, int], float], first: int = 0) -> dict[tuple[str, int], float]:
+    return {key: float("nan") if place >= first else value for place, (key, value) in enumerate(panel.items())}
+
+
+@pytest.mark.parametrize("count", [0, 1], ids=["none", "one that nobody else has"])
+def test_a_trial_without_a_value_to_compare_does_not_keep_the_others_from_being_ranked(
+    tmp_path: Path, count: int
+) -> None:
+    rng = np.random.default_rng(0)
+    panels = {name: panel(rng, value) for name, value in {"trial 5": 0.3, "trial 2": 0.9, "base": 0.1}.items()}
+    panels["trial 5"]["prompt 0", 0] = panels["trial 2"]["prompt 0", 0] = float("nan")
+    panels["trial 7"] = without_values(panel(rng, 0.6), count)
+    asked = contest(tmp_path, 7, 5, 2)
+    found = stand(asked, panels)
+    assert found.winner == 2
+    assert [one.name for one in found.standings] == ["trial 2", "trial 5", "base", "trial 7"]
+    assert found.standings[-1].verdict == "not comparable"
+    assert len(found.evidence(asked).values) == 2 + count
+    write_atomically(asked.file, found.model_dump_json())
+    trials = [trial(tmp_path, number, value) for number, value in ((5, 0.3), (2, 0.2), (7, 0.4))]
+    text = "\n".join(_confirmed(asked.spec, trials))
+    said = "no value" if count == 0 else "0.6"
+    assert re.search(rf"trial 7: {said}\S* \(0.4000 in the study\): not comparable \(16 pictures", text)
+
+
+def test_the_best_of_the_study_stays_the_winner_if_no_trial_has_a_value_on_fresh_seeds(tmp_path: Path) -> None:
+    asked = contest(tmp_path, 2, 1)
+    none = without_values(panel(np.random.default_rng(0), 0.5))
+    write_atomically(asked.file, stand(asked, {"trial 1": none, "trial 2": none, "base": none}).model_dump_json())
+    trials = [trial(tmp_path, number, value) for number, value in ((1, 0.3), (2, 0.4))]
+    assert winning_trial(asked.spec, trials)[0].number == 2
+    text = "\n".join(_confirmed(asked.spec, trials))
+    assert "no trial has a value on fresh seeds: the best of the study stays" in text
 
 
 @pytest.mark.parametrize(("can_win", "winner"), [(True, 0), (False, 1)])

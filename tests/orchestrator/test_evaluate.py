@@ -13,7 +13,9 @@ import yaml
 from evaluation.evaluate import name_files
 from evaluation.subjects import match_prompts, read_book
 from orchestrator.__main__ import main
+from orchestrator.sources import read_metrics
 from tests.evaluation.conftest import build_dino, build_open_clip, noise
+from trainers.errors import ConfigError
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -214,3 +216,11 @@ def test_what_cannot_be_drawn_and_scored_is_one_line(
     err = capfd.readouterr().err
     assert err.count("\n") == 1, err
     assert part in err
+
+
+@pytest.mark.parametrize("text", ["trial: null", "trial: 5", "trial: {evaluate: null}", "metrics: null"])
+def test_a_file_without_metrics_is_refused_in_one_line(tmp_path: Path, text: str):
+    file = tmp_path / "metrics.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"metrics\.yaml: metrics: .*; expected a mapping of names to metrics"):
+        read_metrics(file, ())

@@ -85,6 +85,7 @@ def test_an_adapters_folder_that_holds_none_is_refused(trial: Path, capfd: pytes
         (("trial", "--prompts", "book.json"), "name one of cat, duck toy with --subject"),
         (("trial", "--prompts", "book.json", "--subject", "car"), "--subject car: no subject of that name"),
         (("trial", "--subject", "dog"), "without --prompts"),
+        (("trial", "--prompt", ""), "got an empty --prompt"),
         (("waiting",), "neither an adapter nor a checkpoint"),
         (("trial", "--adapter", "foreign"), "which this model does not have"),
         (("trial", "--set", "evaluate.guidanze.scale=3"), "did you mean 'guidance'"),

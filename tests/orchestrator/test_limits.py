@@ -12,12 +12,13 @@ import pytest
 from orchestrator.budget import Meter, Usage, reached, read_usage, usage_file
 from orchestrator.launcher import JobState
 from orchestrator.limits import Limits
+from orchestrator.plan import estimate, estimate_rest
 from orchestrator.quota import Quota
 from orchestrator.tracker import TrialView
 from tests.orchestrator.cluster import Cluster, drive, fail_with, spec_of, states
-from tests.orchestrator.studies import load, score
+from tests.orchestrator.studies import build_world, load, score
 from trainers.errors import ConfigError
-from trainers.rundir import RunDir, write_atomically
+from trainers.rundir import RunDir, RunResult, write_atomically
 
 MEBIBYTE = 2**20
 
@@ -157,3 +158,24 @@ def test_checkpoints_are_deleted_while_a_study_runs_and_after_a_kill(cluster: Cl
 def test_keeping_without_deleting_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="got keep or pinned without disk_gib"):
         load(tmp_path, "limits.pinned=[3]")
+
+
+def test_a_plan_counts_on_the_checkpoints_that_are_deleted(tmp_path: Path):
+    build_world(tmp_path)
+    many = "limits.trials=1000"
+    whole, kept = (estimate_rest(load(tmp_path, many, *sets)) for sets in ((), ("limits.disk_gib=0.001",)))
+    bounded = estimate_rest(load(tmp_path, many, "limits.disk_gib=1000"))
+    assert bounded.disk_bytes == whole.disk_bytes
+    assert "of checkpoints that limits.disk_gib deletes" in kept.disk_formula
+    few = estimate_rest(load(tmp_path, "limits.trials=2"))
+    assert few.disk_bytes < kept.disk_bytes < whole.disk_bytes
+
+
+def test_a_plan_measures_what_finished_trials_leave_without_their_checkpoints(tmp_path: Path):
+    spec = load(tmp_path, "limits.trials=12", "limits.disk_gib=0.01")
+    run, result = RunDir(tmp_path / "0000"), RunResult(scores={}, seconds={}, peak_bytes=1, versions={})
+    write_atomically(run.log, "x" * 1000)
+    write_atomically(run.checkpoints / "10", "x" * 4 * MEBIBYTE)
+    needed = estimate(spec, [(run.path, result)], 2)
+    room = int(0.01 * 2**30) - 4 * MEBIBYTE
+    assert needed.disk_bytes == 10 * 1000 + 4 * MEBIBYTE + room  # one trial runs, the others share the room

@@ -1,16 +1,22 @@
 # pyright: basic
+import time
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from orchestrator.ledger import read_trials
 from orchestrator.mlflow_mirror import flatten
 from orchestrator.progress import objectives, scores
+from orchestrator.storage import open_study
 from orchestrator.tracker import Evidence
 from orchestrator.trackers.mlflow import MlflowTracker
+from orchestrator.views import trial_views
 from tests.contracts.tracker import Curves, TrackerContract
 from tests.orchestrator.mlflow_store import child, opened, runs, snapshot
+from tests.orchestrator.studies import load
 from tests.orchestrator.views import FakeStudy
 from trainers.rundir import RunResult, Score
 
@@ -185,6 +191,24 @@ def test_a_study_started_anew_under_the_same_name_gets_a_run_of_its_own(study: F
     anew = replace(old, start=old.start + timedelta(days=1), end=None, state="RUNNING")
     MlflowTracker().mirror(study.view, [anew])
     assert len(runs(study)) == 4
+
+
+def test_trackers_know_a_study_by_a_time_that_is_the_same_in_every_time_zone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = load(tmp_path)
+    study = open_study(spec)
+    study.tell(study.ask(), 0.5)
+    (stored,) = read_trials(spec)
+    try:
+        for zone in ("UTC", "Asia/Tokyo", "America/Lima"):
+            monkeypatch.setenv("TZ", zone)
+            time.tzset()
+            (view,) = trial_views(spec, open_study(spec))
+            assert (str(view.start), str(view.end)) == (str(stored.start), str(stored.end))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_artifacts_lie_beside_the_store_wherever_the_process_runs(

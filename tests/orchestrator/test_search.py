@@ -31,6 +31,8 @@ PARAMETERS = [
     FloatParameter(low=-1, high=3),
     GuidanceScaleParameter(),
     FloatParameter(low=0.1, high=0.7, step=0.2),
+    FloatParameter(low=0, high=2 / 3, step=1 / 3),
+    FloatParameter(low=1 / 3, high=2 / 3, step=1 / 3),
     IntParameter(low=1, high=128, log=True),
     IntParameter(low=100, high=500, step=100),
     CategoricalParameter(choices=(2, "two", None, False)),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.__main__ import main
 from orchestrator.server import HOST, choose_port, running
 from orchestrator.trackers.mlflow import MlflowTracker
 from orchestrator.trackers.none import NoTracker
@@ -71,3 +72,10 @@ def test_pages_of_a_server_that_already_runs_are_named(tmp_path: Path, monkeypat
     monkeypatch.setattr("orchestrator.mlflow_mirror.find_experiment", lambda store, name, artifacts: "7")
     MlflowTracker(uri="http://tracking.example/").serve("zog", tmp_path, 5000, said.append)
     assert said[0].startswith("This study's pages: http://tracking.example/#/experiments/7/runs?")
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "http"])
+def test_a_port_that_does_not_exist_is_refused(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["ui", "study.yaml", "--port", port])
+    assert f"argument --port: got {port!r}; expected a whole number from 0 to 65535" in capsys.readouterr().err

@@ -1,7 +1,9 @@
+import re
 from pathlib import Path
 
 import pytest
 
+from orchestrator.foreach import ForEach, Subject
 from orchestrator.spec import StudySpec, TrialSpec
 from tests.orchestrator.studies import load
 from trainers.errors import ConfigError
@@ -104,3 +106,16 @@ def test_a_grid_limits_the_number_of_trials(tmp_path: Path):
     sets = ("search.train.optimizer.lr={kind: categorical, choices: [1e-3, 1e-4]}", "sampler={kind: grid}")
     assert load(tmp_path, *sets).num_trials == 6
     assert load(tmp_path, *sets, "limits.trials=4").num_trials == 4
+
+
+def test_names_of_any_script_make_names_of_studies_that_differ() -> None:
+    slugs = [Subject(name, {}).slug for name in ("кот1", "мяч1", "солнце", "太陽", "Zög 猫", "Red Robot")]
+    assert slugs[4:] == ["z-g", "red-robot"]  # which studies have long had
+    assert len(set(slugs)) == 6
+    assert all(re.fullmatch(r"(1-)?[0-9a-f]{8}", slug) for slug in slugs[:4])
+
+
+@pytest.mark.parametrize(("names", "message"), [(["!?"], "got the name '!\\?'"), (["a b", "A-b"], "are called 'a-b'")])
+def test_names_that_say_nothing_or_the_same_are_refused(names: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ForEach.model_validate({"subject": {"kind": "names", "names": names}}).list()

@@ -26,6 +26,17 @@ def events(run, kind="train"):
     return [event for _, event in run.read_events() if event["event"] == kind]
 
 
+def test_an_event_is_not_lost_after_one_that_a_kill_cut_short(tmp_path):
+    run = RunDir(tmp_path)
+    run.append("train", step=1)
+    with run.events.open("a") as file:
+        file.write('{"time": 1, "event": "tra')
+    for step in (2, 3):
+        run.append("train", step=step)
+    assert [event["step"] for event in events(run)] == [1, 2, 3]
+    assert run.events.read_text().count("\n") == 4
+
+
 def pick(seed, count, position):
     """What a folder of `count` pictures shows at `position`."""
     return FolderConfig(path="/", resolution=64).pick([None] * count, seed, 0, position, 1)

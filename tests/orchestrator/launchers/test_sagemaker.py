@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.launcher import Job, JobId, JobState, Launcher
+from orchestrator.launcher import BusyError, Job, JobId, JobState, Launcher
 from orchestrator.launchers.sagemaker import SageMakerLauncher
 from orchestrator.s3 import Bucket, Mirror, Stored
+from orchestrator.sagemaker_job import _copy, _copy_all
 from tests.contracts.launcher import LauncherContract, first_trial, wait_for
-from tests.orchestrator.sagemaker import BUCKET, LAUNCHER, running_s3, stand_in, validate
+from tests.orchestrator.sagemaker import BUCKET, LAUNCHER, refusal, running_s3, stand_in, validate
 from trainers.errors import LaunchError
 from trainers.rundir import RunDir
 
@@ -190,6 +191,52 @@ def test_channels_that_the_disk_cannot_hold_or_that_are_empty_are_refused(s3: An
 def test_a_store_that_is_not_there_is_said_before_a_study_starts(s3: Any):
     with pytest.raises(LaunchError, match=r"launcher: AWS said: .*NoSuchBucket"):
         build(store="s3://nowhere/").check()
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, client: Any, times: int, code: str = "SlowDown") -> None:
+    """S3 refuses the next so many files."""
+    put, left = client.put_object, iter(range(times))
+
+    def answer(**request: Any) -> Any:
+        if next(left, None) is not None:
+            raise refusal(code, "Please reduce your request rate")
+        return put(**request)
+
+    monkeypatch.setattr(client, "put_object", answer)
+
+
+def test_an_upload_that_s3_is_too_busy_for_is_tried_again(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "result.json").write_text("{}")
+    bucket = Bucket(s3, "s3://trials/busy/")
+    mirror = Mirror(bucket, tmp_path)
+    refuse(monkeypatch, s3, 1)
+    assert not _copy(mirror)
+    assert "will try again" in capsys.readouterr().err
+    refuse(monkeypatch, s3, 2)
+    _copy_all(mirror, seconds=0.01)
+    assert set(bucket.files()) == {"result.json"}
+
+
+def test_a_job_whose_last_upload_is_refused_for_good_fails(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from boto3.exceptions import S3UploadFailedError
+
+    (tmp_path / "result.json").write_text("{}")
+    refuse(monkeypatch, s3, 100)
+    with pytest.raises(S3UploadFailedError, match="SlowDown"):
+        _copy_all(Mirror(Bucket(s3, "s3://trials/refused/"), tmp_path), seconds=0.01)
+
+
+@pytest.mark.parametrize(("code", "kind"), [("SlowDown", BusyError), ("AccessDenied", LaunchError)])
+def test_why_an_upload_was_refused_is_said(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, kind: type[LaunchError]
+):
+    (tmp_path / "trial.yaml").write_text("")
+    refuse(monkeypatch, s3, 1, code)
+    with pytest.raises(LaunchError, match=rf"launcher: AWS said: .*{code}.*; expected it to accept") as caught:
+        build()._ask(lambda: Bucket(s3, "s3://trials/busy/").upload(tmp_path / "trial.yaml", "trial.yaml"))
+    assert type(caught.value) is kind
 
 
 def test_without_boto3_the_study_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch):
