@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 def move_study(spec: StudySpec, url: str) -> int:
     """Copy the study to the database at `url`, compare, and put its old file aside; the number of its trials.
 
-    Run folders stay where they are. Call with the study's lock held. A move that was cut short goes on, or is begun anew.
+    Run folders stay where they are. Call with the study's lock held. A move that was cut short is finished, or begun
+    anew.
 
     Raises:
         StorageError: There is no such study, the other database has one of that name, or a trial was not copied.
