@@ -1,6 +1,7 @@
 """The command line: `python -m orchestrator COMMAND`."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from trainers.errors import ProjectError
 
 _COMMANDS = ("run", "plan", "status", "best", "replay", "cancel", "submit", "move", "ui", "evaluate", "generate")
 """In the order of `--help`."""
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+"""What a disk says to a write, which names no file."""
 _EXAMPLES = """\
 a first study, from start to end:
   python -m orchestrator plan studies/hpo.yaml          what would be computed, and whether it fits; starts nothing
@@ -40,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.filename is None:  # no file of the user's
+        if error.filename is None and error.errno not in _DISK:  # no file of the user's
             raise
-        problem = f"{error.filename}: got {error.strerror}; expected a file or folder that can be read and written"
+        where = error.filename or "a file that was written"
+        problem = f"{where}: got {error.strerror}; expected a file or folder that can be read and written"
         err.print(f"error: {ProjectError(problem)}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
 

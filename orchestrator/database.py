@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, LiteralString, cast
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from pydantic import AfterValidator
 from typing_extensions import override
@@ -61,6 +61,11 @@ def check_url(url: str) -> str:
 
 DatabaseUrl = Annotated[str, AfterValidator(check_url)]
 """`sqlite:////folder/file.db` or `postgresql://user@host:5432/database`, with libpq's parameters after a `?`."""
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of an SQLite file, in which `%` and `?` would mean something."""
+    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def open_database(url: str) -> Database:
@@ -112,12 +117,12 @@ class SqliteDatabase(Database):
     @property
     def path(self) -> Path:
         """The file."""
-        return Path("/" + self.address.lstrip("/"))
+        return Path("/" + unquote(self.address.lstrip("/")))
 
     @property
     @override
     def url(self) -> str:
-        return f"sqlite:///{self.path}"
+        return sqlite_url(self.path)
 
     @override
     def __str__(self) -> str:

@@ -7,7 +7,7 @@ import yaml
 
 from orchestrator.launcher import Job, JobId, JobState
 from orchestrator.spec import StudySpec, load_study
-from trainers.rundir import RunDir, write_atomically
+from trainers.rundir import RunDir, read_json, write_atomically
 
 MODULE = "orchestrator"
 FILE = "study.yaml"
@@ -22,7 +22,7 @@ def run_dir(spec: StudySpec) -> RunDir:
 
 
 def advance(spec: StudySpec, sets: Iterable[str]) -> Standing:
-    """Submit the job, unless it lives or its study has all its trials, and fetch what it has written.
+    """Submit the job, unless it lives or its study has ended, and fetch what it has written.
 
     Raises:
         ConfigError: `sets` do not fit the study.
@@ -64,10 +64,16 @@ def _write(spec: StudySpec, sets: Iterable[str]) -> None:
 
 
 def _has_ended(run: RunDir) -> bool:
+    from orchestrator.front import front
     from orchestrator.ledger import has_study, read_trials
+    from orchestrator.series import WINNER, Winner, ending
 
     inner, _ = load_study(run.path / FILE)
     if not (inner.root / "study.db").exists() or not has_study(inner):
         return False
-    counted = [trial for trial in read_trials(inner) if trial.state in {"COMPLETE", "PRUNED"}]
-    return len(counted) >= inner.num_trials
+    trials = read_trials(inner)
+    if front(trials):
+        winner = read_json(inner.root / WINNER, Winner)
+        return winner is not None and winner.ending == ending(inner)
+    counted = [trial for trial in trials if trial.state in {"COMPLETE", "PRUNED"}]
+    return len(counted) >= inner.num_trials  # and nobody who could win

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 def move_study(spec: StudySpec, url: str) -> int:
     """Copy the study to the database at `url`, compare, and put its old file aside; the number of its trials.
 
-    Run folders stay where they are. Call with the study's lock held. A move that was cut short is begun anew.
+    Run folders stay where they are. Call with the study's lock held. A move that was cut short is finished, or begun
+    anew.
 
     Raises:
         StorageError: There is no such study, the other database has one of that name, or a trial was not copied.
@@ -38,7 +39,7 @@ def move_study(spec: StudySpec, url: str) -> int:
         raise StorageError(f"{source}: got no study {spec.name!r}; expected one that can be moved")
     with _opened(source, spec.name) as storage, _opened(target, spec.name) as other:
         old = optuna.load_study(study_name=spec.name, storage=storage)
-        num_trials = _copy(old, _begin(old, target, other))
+        num_trials = _move(old, target, other)
         is_last = source.studies() == [spec.name]
         if not (is_last and isinstance(source, SqliteDatabase)):
             storage.delete_study(storage.get_study_id_from_name(spec.name))
@@ -58,31 +59,41 @@ def _opened(database: Database, name: str) -> Generator[optuna.storages.RDBStora
         storage.engine.dispose()
 
 
-def _begin(old: optuna.Study, target: Database, storage: optuna.storages.RDBStorage) -> optuna.Study:
+def _move(old: optuna.Study, target: Database, storage: optuna.storages.RDBStorage) -> int:
     import optuna
 
     name = old.study_name
     if name in target.studies():
-        if not optuna.load_study(study_name=name, storage=storage).user_attrs.get(MOVING):
+        found = optuna.load_study(study_name=name, storage=storage)
+        if MOVING in found.user_attrs and _contents(found) == _contents(old):
+            log.warning("a move that was cut short goes on after the copy")
+            found.set_user_attr(MOVING, value=False)
+            return len(found.get_trials(deepcopy=False))
+        if not found.user_attrs.get(MOVING):
             raise StorageError(f"{target}: got a study {name!r} already; expected none; move to another database")
         log.warning("a move that was cut short is begun anew")
         optuna.delete_study(study_name=name, storage=storage)
     new = optuna.create_study(study_name=name, storage=storage, directions=old.directions)
     new.set_user_attr(MOVING, value=True)
-    return new
+    return _copy(old, new)
 
 
 def _copy(old: optuna.Study, new: optuna.Study) -> int:
-    trials = old.get_trials(deepcopy=False)
-    new.add_trials(trials)
+    new.add_trials(old.get_trials(deepcopy=False))
     for key, value in old.user_attrs.items():
         if key != MOVING:
             new.set_user_attr(key, value)
-    for before, after in zip(trials, new.get_trials(deepcopy=False), strict=True):
-        if _content(before) != _content(after):
-            raise StorageError(f"{new.study_name}: got another trial {after.number} in the copy; expected the same")
+    before, after = _contents(old), _contents(new)
+    if before != after:
+        raise StorageError(f"{new.study_name}: got another study in the copy; expected the same trials and notes")
     new.set_user_attr(MOVING, value=False)
-    return len(trials)
+    return len(old.get_trials(deepcopy=False))
+
+
+def _contents(study: optuna.Study) -> tuple[object, ...]:
+    """All of a study that is to be the same elsewhere."""
+    notes = {key: value for key, value in study.user_attrs.items() if key != MOVING}
+    return study.directions, notes, [_content(trial) for trial in study.get_trials(deepcopy=False)]
 
 
 def _content(trial: FrozenTrial) -> tuple[object, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from orchestrator.complaints import config_error, did_you_mean
 from orchestrator.foreach import ForEach, fill
@@ -20,9 +20,12 @@ from trainers.errors import ConfigError, DataError, StorageError
 from trainers.rundir import read_json, thaw, write_atomically
 
 WINNER = "winner.json"
-"""In a study's folder, once it has ended."""
+"""In a study's folder, once it has ended, until it is run again."""
 _BEFORE = ("name", "output", "foreach", "stages")
 """Keys of a file of stages that are not handed on to each of them."""
+_ENDS = {"limits": {"trials", "hours", "gpu_hours", "target", "patience"},
+         **dict.fromkeys(("sampler", "confirm_seeds", "confirm_top"), True)}  # fmt: skip
+"""What says when a study ends."""
 
 
 class Winner(Config):
@@ -33,6 +36,8 @@ class Winner(Config):
     """None: its objective has several values, so it has a front and no winner."""
     value: float | None
     params: dict[str, Any]
+    ending: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """What said when it ends; under other words it may go on."""
 
 
 class FromStudy(Config):
@@ -131,6 +136,11 @@ def load_series(path: Path, sets: Sequence[str] = ()) -> Series:
 def write_winner(root: Path, winner: Winner) -> None:
     """Say that the study in `root` has ended, and with what."""
     write_atomically(root / WINNER, winner.model_dump_json(indent=2) + "\n")
+
+
+def ending(spec: StudySpec) -> dict[str, Any]:
+    """What says when the study ends."""
+    return spec.model_dump(mode="json", include=_ENDS)
 
 
 def read_winner(root: Path) -> Winner:

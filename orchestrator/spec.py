@@ -13,7 +13,7 @@ import orchestrator.golden_section  # noqa: F401  # pyright: ignore[reportUnused
 import trainers.methods  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the kinds
 from evaluation.config import EvaluateConfig, ReportConfig
 from orchestrator.complaints import complaint, config_error, did_you_mean, shown
-from orchestrator.database import DatabaseUrl
+from orchestrator.database import DatabaseUrl, sqlite_url
 from orchestrator.launcher import Launcher
 from orchestrator.launchers.local import LocalLauncher
 from orchestrator.limits import Limits
@@ -128,7 +128,7 @@ class StudySpec(Config):
     @property
     def database_url(self) -> str:
         """Where trials and their values are kept."""
-        return self.storage or f"sqlite:///{self.root / 'study.db'}"
+        return self.storage or sqlite_url(self.root / "study.db")
 
     @property
     def num_trials(self) -> int:

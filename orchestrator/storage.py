@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sqlite3
 import time
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -70,7 +71,7 @@ def told(root: Path) -> Generator[None]:
         yield
     except BrokenPipeError:  # the reader of our output has seen enough
         raise
-    except (optuna.exceptions.StorageInternalError, SQLAlchemyError, OSError) as error:
+    except (optuna.exceptions.StorageInternalError, SQLAlchemyError, sqlite3.Error, OSError) as error:
         problem = str(error.__cause__ or error).partition("\n")[0]
         raise StorageError(f"{root}: got {problem}; expected to read and write the study") from error
 

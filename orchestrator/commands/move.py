@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     from orchestrator.database import check_url
     from orchestrator.ledger import has_study
     from orchestrator.moving import move_study
-    from orchestrator.storage import controller_lock
+    from orchestrator.storage import controller_lock, told
     from trainers.errors import ConfigError
 
     series = load(options)
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     for member in series.chosen:
         spec, _ = member.load()
         if series.is_single or has_study(spec):
-            with controller_lock(spec.root):
+            with told(spec.root), controller_lock(spec.root):
                 count = move_study(spec, url)
             out.print(f"{count} trials of {spec.name} are moved", soft_wrap=True)
     out.print("from now on, say this in the study file:")

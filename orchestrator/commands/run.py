@@ -90,16 +90,16 @@ def _run(member: Member) -> None:
 def _hand_on(spec: StudySpec, study: optuna.Study) -> None:
     """Judge the best once more, and say for other studies who won; several values have a front, and no winner."""
     from orchestrator.confirm import winning_trial
-    from orchestrator.series import Winner, write_winner
+    from orchestrator.series import Winner, ending, write_winner
     from orchestrator.views import trial_views
 
     if len(spec.objective.names) > 1:
-        write_winner(spec.root, Winner(study=spec.name, trial=None, value=None, params={}))
+        write_winner(spec.root, Winner(study=spec.name, trial=None, value=None, params={}, ending=ending(spec)))
         return
     if spec.confirm_seeds:
         _confirm(spec, study)
     winner, value = winning_trial(spec, trial_views(spec, study))
-    found = Winner(study=spec.name, trial=winner.number, value=value, params=dict(winner.params))
+    found = Winner(study=spec.name, trial=winner.number, value=value, params=dict(winner.params), ending=ending(spec))
     write_winner(spec.root, found)
 
 
@@ -123,10 +123,12 @@ def _control(spec: StudySpec, study: optuna.Study) -> None:
     from orchestrator.controller import Controller
     from orchestrator.display import Display
     from orchestrator.replay import STUDY_FILE
+    from orchestrator.series import WINNER
     from orchestrator.signals import pause
     from orchestrator.views import study_view
     from trainers.rundir import write_atomically
 
+    (spec.root / WINNER).unlink(missing_ok=True)  # until it has ended again: it may be extended
     write_atomically(spec.root / STUDY_FILE, study_view(spec, study).study_yaml)
     pause(0)  # before anything is started: a signal may have come while the study was read
     with Display(err) as display:

@@ -12,7 +12,7 @@ _SAID = {
     "submitted": "submitted; say the same to see how it stands",
     "queued": "waits for a machine",
     "running": "runs",
-    "finished": "has all its trials",
+    "finished": "has ended",
 }
 
 

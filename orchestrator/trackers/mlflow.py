@@ -10,7 +10,7 @@ from urllib.parse import quote, urlencode
 from pydantic import AfterValidator, PrivateAttr
 from typing_extensions import override
 
-from orchestrator.database import SqliteDatabase, check_url, open_database
+from orchestrator.database import SqliteDatabase, check_url, open_database, sqlite_url
 from orchestrator.server import HOST, choose_port, running
 from orchestrator.tracker import StudyView, Tracker, TrialView
 from trainers.errors import TrackerError
@@ -93,7 +93,7 @@ class MlflowTracker(Tracker):
             process.wait()
 
     def _store(self, root: Path) -> str:
-        uri = self.uri or f"sqlite:///{root.parent.resolve() / 'mlflow.db'}"
+        uri = self.uri or sqlite_url(root.parent.resolve() / "mlflow.db")
         return uri if _is_server(uri) else open_database(uri).url
 
     def _artifacts(self, root: Path) -> Path | None:

@@ -13,6 +13,7 @@ import optuna
 import pytest
 import sqlalchemy
 
+from orchestrator import moving
 from orchestrator.controller import Controller
 from orchestrator.database import open_database
 from orchestrator.ledger import has_study, read_trials
@@ -143,6 +144,23 @@ class StorageContract:
             open_study(moved)
         assert move_study(spec, other_url) == 2
         assert [view.values for view in read_trials(moved)] == [[0.25], [0.5]]
+
+    def test_a_move_that_was_killed_after_the_copy_goes_on(
+        self, spec: StudySpec, other_url: str, monkeypatch: pytest.MonkeyPatch
+    ):
+        study = open_study(spec)
+        study.tell(study.ask(), 0.25)
+        close(study)
+        move = moving._move
+        moved = spec.model_copy(update={"storage": other_url})
+        with monkeypatch.context() as patch:
+            patch.setattr(moving, "_move", lambda *given: move(*given) and 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                move_study(spec, other_url)
+        assert has_study(spec)
+        assert move_study(spec, other_url) == 1
+        assert not has_study(spec)
+        assert [view.values for view in read_trials(moved)] == [[0.25]]
 
     def test_a_study_does_not_move_onto_another(self, spec: StudySpec, other_url: str):
         close(open_study(spec))

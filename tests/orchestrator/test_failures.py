@@ -2,12 +2,16 @@
 
 # pyright: basic
 
+import errno
+import os
+import sqlite3
 from pathlib import Path
 
 import optuna
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from orchestrator.__main__ import main
 from orchestrator.controller import Controller
 from orchestrator.failures import StudyStoppedError, failure_file, note_failure, read_failure
 from orchestrator.tables import failure_lines
@@ -15,10 +19,10 @@ from orchestrator.trackers.mlflow import MlflowTracker
 from orchestrator.views import trial_views
 from tests.orchestrator.cluster import Cluster, drive, spec_of, states
 from tests.orchestrator.mlflow_store import child, opened
-from tests.orchestrator.studies import score
+from tests.orchestrator.studies import load, score
 from tests.orchestrator.views import FakeStudy
 from trainers.errors import StorageError
-from trainers.rundir import RunDir, RunError
+from trainers.rundir import RunDir, RunError, write_atomically
 
 
 def train_and_fail(run: RunDir) -> None:
@@ -90,3 +94,29 @@ def test_a_database_that_goes_away_is_named_by_its_own_words(
     monkeypatch.setattr(Controller, "step", gone)
     with pytest.raises(StorageError, match="server closed the connection unexpectedly; expected to read and write"):
         drive(spec_of(tmp_path))
+
+
+def test_a_full_disk_is_named_in_one_line_and_no_half_file_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    written = tmp_path / "best_params.yaml"
+    monkeypatch.setattr("orchestrator.commands.best.run", lambda _: write_atomically(written, "content"))
+    assert main(["best", "study.yaml"]) == 2
+    assert "got No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_move_onto_a_full_disk_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    load(tmp_path)
+    monkeypatch.setattr("orchestrator.moving.move_study", full)
+    assert main(["move", str(tmp_path / "study.yaml"), "--to", f"sqlite:///{tmp_path}/other.db"]) == 2
+    assert "got disk I/O error; expected to read and write the study" in capsys.readouterr().err

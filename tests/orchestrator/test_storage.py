@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from orchestrator.database import check_url, open_database
+from orchestrator.ledger import read_trials
 from orchestrator.spec import StudySpec, load_study
 from orchestrator.storage import open_study
 from orchestrator.trackers.mlflow import MlflowTracker
@@ -145,6 +146,18 @@ def test_a_database_s_address_is_checked_when_the_study_is_read(tmp_path: Path, 
     assert "canary-7f3a" not in str(refusal.value)
     with pytest.raises(ValidationError, match=message):
         MlflowTracker(uri=url)
+
+
+@pytest.mark.parametrize("name", ["what?", "20%20", "a#b", "猫 ü"])
+def test_a_folder_of_any_name_holds_its_study(tmp_path: Path, name: str):
+    folder = tmp_path / name
+    folder.mkdir()
+    spec = load(folder)
+    study = open_study(spec)
+    study.tell(study.ask(), 0.25)
+    close(study)
+    assert [view.values for view in read_trials(spec)] == [[0.25]]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_server_that_does_not_answer_is_named(tmp_path: Path):
