@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from trainers.cache import Cache
+from trainers.frozen import Frozen
 from trainers.packing import fits, load_packed, pack
 from trainers.prior import PriorConfig
 from trainers.prompt import Sample
@@ -102,6 +103,21 @@ def test_two_machines_whose_processes_have_one_number_write_the_same_at_once(tmp
     write(tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
     assert Path.replace is replace
+
+
+def test_processes_wait_as_often_whether_they_find_rows_packed_or_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainers.packing.MEMORY_BYTES", 0)
+    waits = []
+    accelerator = SimpleNamespace(
+        process_index=0, num_processes=2, is_local_main_process=True, wait_for_everyone=lambda: waits.append(0)
+    )
+    frozen = Frozen(None, None, Cache(tmp_path), accelerator)
+    counts = []
+    for _ in range(2):
+        frozen.stack("rows", lambda i: f"{i:064}", lambda i: rows(1)[0], 3)
+        counts.append(len(waits))
+        waits.clear()
+    assert counts == [2, 2]
 
 
 def test_writing_to_a_mapped_column_does_not_change_the_file(tmp_path):
