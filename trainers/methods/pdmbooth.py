@@ -127,6 +127,7 @@ class PdmboothConfig(TunedConfig):
             self.prior.check(self.data, self.backbone)
         if self.pdm:
             choose_layer(self.pdm.layer, shapes["unet"])
+            self.pdm.check(self.backbone.num_timesteps)
         if self.masks:
             self.masks.check([example.path for example in self.data.split().train])
 
