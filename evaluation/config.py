@@ -10,7 +10,7 @@ from evaluation.metric import Metric
 from trainers.config import Config
 from trainers.errors import ModelError
 from trainers.guidance import SamplingConfig
-from trainers.prompt import Prompt
+from trainers.prompt import Prompt, Seed
 
 T = TypeVar("T")
 
@@ -22,9 +22,6 @@ def _all_different(values: tuple[T, ...]) -> tuple[T, ...]:
     return values
 
 
-MAX_SEED = 2**63
-"""What numpy's seed sequences and a file's columns hold."""
-Seed = Annotated[int, Field(ge=0, lt=MAX_SEED)]
 MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 

@@ -49,7 +49,7 @@ class Reporter:
 
         from trainers.sampling import generate
 
-        opened = self.scorers(method.held_out, method.model.device)
+        opened = self.scorers(method.held_out, method.backbone.device)
         scorers = {name: one for name, one in opened.items() if not self._config.metrics[name].of_class}
         prompts = self._config.prompts[: self._report.prompts]
         seeds = self._config.seeds[: self._report.seeds]

@@ -11,13 +11,14 @@ from trainers.errors import ConfigError
 from trainers.rundir import RunDir
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from accelerate import Accelerator
 
     from orchestrator.spec import TrialSpec
     from trainers.backbone import Model
+    from trainers.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,18 @@ class Origin:
     checkpoint: RunDir | None = None
     """A run that has nothing but checkpoints so far."""
 
-    def check(self) -> None:
-        """Find out, without torch, whether everything is there and fits.
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """Find out, without torch, whether everything is there and fits, and the prompts can be drawn.
 
         Raises:
             ModelError: The model is incomplete, or the adapter is of another one.
-            ConfigError: Guidance asks for what checkpoints do not have.
+            ConfigError: Guidance asks for what checkpoints do not have; or as `check_prompts`.
+            DataError: As `check_prompts`.
         """
         train, evaluate = self.trial.train, self.trial.evaluate
         train.backbone.check()
         evaluate.check_model(train.backbone)
+        train.check_prompts(prompts, evaluate.resolution)
         if self.adapter is not None:
             train.check_finished(self.adapter, weak=evaluate.guidance.needs_weak, any_size=True)
         if self.checkpoint is not None and evaluate.guidance.needs_weak:

@@ -67,13 +67,14 @@ def _check_trial(trial: TrialSpec, document: Document, params: Mapping[str, Valu
         where = ("trial", "evaluate")
         trial.evaluate.check()
         trial.evaluate.check_model(trial.train.backbone)
+        trial.train.check_prompts(trial.evaluate.all_prompts, trial.evaluate.resolution)
         where = ("trial", "train")
         _check_references(trial)
         if trial.adapter is not None:
             where = ("trial", "adapter")
             trial.train.check_finished(trial.adapter, weak=trial.evaluate.guidance.needs_weak)
-    except (ModelError, DataError) as error:
-        if where[-1] == "train":
+    except (ModelError, DataError, ConfigError) as error:
+        if where[-1] == "train" and not isinstance(error, ConfigError):
             where = (*where, "data" if isinstance(error, DataError) else "backbone")
         if params:
             where = ("search", next(iter(params)))

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from trainers.batch import NEGATIVE_AESTHETIC, Geometry
 from trainers.config import Choice
-from trainers.errors import ConfigError, ModelError
+from trainers.errors import ModelError
 from trainers.loss import Prediction
 from trainers.version import TRAINED, Lineage, Version, Versions
 
@@ -261,8 +261,8 @@ class Backbone(Model):
         self, prompts: Sequence[Prompt | None], height: int, width: int, *, negative: str | None = None
     ) -> Condition:
         for prompt in prompts:
-            if prompt is not None and not prompt.is_plain:
-                raise ConfigError(f"the prompt {str(prompt)!r} says more than words; expected text alone (this method)")
+            if prompt is not None:
+                prompt.check_plain()
         texts = self.encode_prompts([negative if prompt is None else prompt.text for prompt in prompts])
         wanted = Geometry.whole(height, width)
         poor = replace(wanted, aesthetic=NEGATIVE_AESTHETIC)

@@ -89,8 +89,6 @@ class Example:
     path: Path
     """Names the picture; it is a file unless a kind of example says otherwise."""
     prompt: str
-    weight: float = 1.0
-    """Factor of this example's loss."""
     size: tuple[int, int] | None = None
     """Height and width that it is cut to, where examples differ; null is the data's."""
 

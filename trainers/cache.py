@@ -3,13 +3,12 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
 
-from trainers.rundir import write_atomically
+from trainers.rundir import name_temporary, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class Cache:
 
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = name_temporary(path)
         temporary.write_bytes(save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}))
         temporary.replace(path)
 

@@ -55,6 +55,7 @@ class Frozen:
         """
         if self.cache is not None and self.accelerator.num_processes > 1:
             self._make_share(what, key, make, count)
+            self.accelerator.wait_for_everyone()
         return [self._recall(key, make, i) for i in told(range(count), what, count)]
 
     def stack(
@@ -92,7 +93,6 @@ class Frozen:
         mine = range(self.accelerator.process_index, count, self.accelerator.num_processes)
         for i in told(mine, what, len(mine)):
             self._recall(key, make, i)
-        self.accelerator.wait_for_everyone()
 
     def _recall(self, key: Callable[[int], str], make: Callable[[int], Tensors | None], i: int) -> Tensors | None:
         if self.cache is None:

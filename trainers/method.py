@@ -13,7 +13,7 @@ from trainers.batch import DataConfig
 from trainers.config import Choice
 from trainers.efficiency import AttentionKernel
 from trainers.ema import EmaConfig
-from trainers.errors import DataError, ModelError
+from trainers.errors import ConfigError, DataError, ModelError
 from trainers.guidance import Guidance
 from trainers.loss import LossConfig
 from trainers.optim import Cosine, OptimizerConfig, ScheduleConfig
@@ -24,7 +24,7 @@ from trainers.validation import ValidationConfig
 from trainers.version import TRAINED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     import torch
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from trainers.backbone import Backbone, Model
     from trainers.batch import Batch, Example
+    from trainers.prompt import Prompt
+    from trainers.version import Lineage
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ class Method(ABC):
     def model(self) -> Model:
         """What pictures are drawn from."""
         return self.backbone
+
+    def remember(self, lineage: Lineage) -> None:
+        """Let the model that is trained know where what is trained will lie."""
+        self.model.lineage = lineage
 
     def pick(self, step: int, position: int) -> int:
         """Index of the example at `position` of an endless stream, at optimizer step `step`."""
@@ -224,7 +230,8 @@ class MethodConfig(Choice):
         Raises:
             ModelError: As the backbone's `check`.
             DataError: As the data's `check`, or its pictures do not fit the model.
-            ConfigError: The optimizer's package is not installed, or the loss is not defined for the model.
+            ConfigError: The optimizer's package is not installed, the loss is not defined for the model, or a prompt
+                of `samples` cannot be drawn.
         """
         self.optimizer.check()
         self.backbone.check()
@@ -236,6 +243,24 @@ class MethodConfig(Choice):
             raise DataError(f"train.data: pictures of {odd[0]} pixels; expected multiples of {factor} (the model's)")
         if self.samples:
             self.samples.check_model(self.backbone)
+            try:
+                self.check_prompts(self.samples.prompts, self.samples.resolution)
+            except (ConfigError, DataError) as error:
+                raise ConfigError(f"train.samples: {error}") from error
+
+    def check_prompts(self, prompts: Iterable[Prompt], resolution: int) -> None:  # noqa: ARG002  by methods
+        """Find prompts that cannot be drawn, without torch.
+
+        Args:
+            prompts: What pictures are to show.
+            resolution: Their height and width in pixels.
+
+        Raises:
+            ConfigError: A prompt says something that the model cannot be told, or not what it must be told.
+            DataError: A file that a prompt names is missing, or of another kind or size.
+        """
+        for prompt in prompts:
+            prompt.check_plain()
 
     def check_finished(self, folder: Path, *, weak: bool, any_size: bool = False) -> None:  # noqa: ARG002  by methods
         """Find out, without torch, whether what `load_trained` is to read is there and of this model.

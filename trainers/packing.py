@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from trainers.rundir import write_atomically
+from trainers.rundir import name_temporary, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,6 +44,7 @@ def pack(folder: Path, rows: Iterable[Tensors | None]) -> None:
     """
     kept: list[int] = []
     columns: dict[str, dict[str, Any]] = {}
+    temporaries: dict[str, Path] = {}
     with ExitStack() as stack:
         files: dict[str, Any] = {}
         for i, row in enumerate(rows):
@@ -53,11 +53,12 @@ def pack(folder: Path, rows: Iterable[Tensors | None]) -> None:
             kept.append(i)
             for name, value in row.items():
                 if name not in files:
-                    files[name] = stack.enter_context(_temporary(folder, name).open("wb"))
+                    temporaries[name] = name_temporary(folder / f"{name}.bin")
+                    files[name] = stack.enter_context(temporaries[name].open("wb"))
                     columns[name] = {"shape": list(value.shape[1:]), "dtype": str(value.dtype).removeprefix("torch.")}
                 files[name].write(value.contiguous().view(torch.uint8).numpy())
-    for name in columns:
-        _temporary(folder, name).replace(folder / f"{name}.bin")
+    for name, temporary in temporaries.items():
+        temporary.replace(folder / f"{name}.bin")
     write_atomically(folder / _INDEX, json.dumps({"kept": kept, "columns": columns}))
 
 
@@ -80,7 +81,3 @@ def load_packed(folder: Path) -> tuple[list[int], Tensors] | None:
 
 def _mapped(path: Path, size: int, dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=False, size=size, dtype=dtype)
-
-
-def _temporary(folder: Path, name: str) -> Path:
-    return folder / f".{name}.{os.getpid()}.tmp"

@@ -15,6 +15,7 @@ from trainers.config import Config, LocalPath
 from trainers.data.folder import FolderConfig
 from trainers.errors import ConfigError
 from trainers.guidance import ClassifierFree, Guidance, SamplingConfig
+from trainers.rundir import name_temporary
 
 if TYPE_CHECKING:
     from trainers.backbone import BackboneConfig
@@ -78,16 +79,15 @@ class PriorConfig(Config):
         from trainers.sampling import generate
 
         accelerator = frozen.accelerator
-        missing = [seed for seed, file in enumerate(files) if not file.exists()]
-        # Nobody may look before everybody has: a file that another process has just written is not missing less.
-        accelerator.wait_for_everyone()
-        share = missing[accelerator.process_index :: accelerator.num_processes] if frozen.cache else missing
+        # Whose a picture is depends on its seed alone: another trial may draw some between two processes' looks.
+        rank, world = (accelerator.process_index, accelerator.num_processes) if frozen.cache else (0, 1)
+        share = [seed for seed in range(rank, len(files), world) if not files[seed].exists()]
         requests = [Request(Prompt(text=self.prompt), seed) for seed in share]
         with accelerator.autocast():
             drawn = generate(frozen.backbone, requests, self._sampling(resolution))
             for sample in told(drawn, "class pictures", len(share)):
                 file = files[sample.seed]
-                temporary = file.with_name(f".{file.name}.{accelerator.process_index}.tmp")
+                temporary = name_temporary(file)
                 sample.image.save(temporary, format="PNG")
                 temporary.replace(file)
         accelerator.wait_for_everyone()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from trainers.config import Config, LocalPath
+from trainers.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,6 +64,11 @@ class Prompt(Config):
         """Whether a model is told words alone."""
         return self == Prompt.model_construct(text=self.text, shows=self.shows)
 
+    def check_plain(self) -> None:
+        """Raise ConfigError unless a model is told words alone."""
+        if not self.is_plain:
+            raise ConfigError(f"the prompt {str(self)!r} says more than words; expected text alone (this method)")
+
     def __str__(self) -> str:
         """The words, and in brackets what tells this prompt from others with the same words, on every machine alike."""
         details = [
@@ -83,6 +89,11 @@ def _name(path: Path) -> str:
 
 def _numbers(box: Box) -> str:
     return ",".join(map(str, box))
+
+
+MAX_SEED = 2**63
+"""What numpy's seed sequences and a file's columns hold."""
+Seed = Annotated[int, Field(ge=0, lt=MAX_SEED)]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from uuid import uuid4
 
 import yaml
 from pydantic import BeforeValidator, ValidationError
@@ -207,10 +208,15 @@ def read_json(path: Path, kind: type[AnyConfig]) -> AnyConfig | None:
     raise StorageError(f"{path}: got {problem}; expected {kind.__name__} as this version writes it; restore the file")
 
 
+def name_temporary(path: Path) -> Path:
+    """A file beside `path` that is to replace it; nobody else writes one of this name, not even on another machine."""
+    return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text` so that a reader, or a crash, sees the old or the new file and nothing else."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = name_temporary(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

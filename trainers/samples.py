@@ -8,7 +8,7 @@ from typing import Annotated, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from trainers.guidance import SamplingConfig
-from trainers.prompt import Prompt, Request
+from trainers.prompt import Prompt, Request, Seed
 
 
 class SamplesConfig(SamplingConfig):
@@ -17,7 +17,7 @@ class SamplesConfig(SamplingConfig):
     every: PositiveInt
     """Optimizer steps; the last step is drawn too."""
     prompts: Annotated[tuple[Prompt, ...], Field(min_length=1)]
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Of the initial noise; each prompt is drawn with each."""
 
     @model_validator(mode="after")

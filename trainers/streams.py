@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from trainers.config import Config
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from trainers.prompt import Prompt
 
 StreamName = Literal["image", "label"]
 STREAMS: tuple[StreamName, ...] = ("image", "label")
@@ -184,6 +186,31 @@ class AdaptersConfig(Config):
                 raise ConfigError(f"{where} sets {stream}_scale, but there is no {stream} stream; remove the key")
         if rule.share_kv and len(streams) < len(STREAMS):
             raise ConfigError(f"{where} sets share_kv, but there is only one stream; remove the key")
+
+
+def check_heard(prompt: Prompt, tokens: Mapping[StreamName, TokensConfig], *, sees: bool) -> None:
+    """Find out whether streams can hear what a prompt says besides words.
+
+    Args:
+        prompt: What a picture is to show.
+        tokens: The streams that there are.
+        sees: Whether pictures can be turned into embeddings.
+
+    Raises:
+        ConfigError: It says something that nothing hears.
+        DataError: Its label is of another length.
+    """
+    heard = {"image": "image" in tokens, "embedding": "image" in tokens, "label": "label" in tokens}
+    for name in type(prompt).model_fields.keys() - {"text", "shows"}:
+        if getattr(prompt, name) is not None and not heard.get(name):
+            raise ConfigError(f"the prompt {str(prompt)!r} says {name}, which this adapter does not hear; remove it")
+    if prompt.image and not prompt.embedding and not sees:
+        raise ConfigError(
+            f"the prompt {str(prompt)!r} has an image, and the adapter was trained on embeddings from files; "
+            "give its embedding, or set image_encoder"
+        )
+    if prompt.label is not None and len(prompt.label) != (expected := tokens["label"].in_features):
+        raise DataError(f"the prompt {str(prompt)!r}: the label has {len(prompt.label)} numbers; expected {expected}")
 
 
 def cross_attention(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:

@@ -69,7 +69,7 @@ def train(
         unreadable = [str(path) for path in method.unreadable]
         run.append("data", train=len(method.examples), held_out=len(method.held_out), unreadable=unreadable)
     # Also pictures of a model in training may be led away from its base.
-    method.model.lineage = Lineage(run.adapter, config.whole_networks())
+    method.remember(Lineage(run.adapter, config.whole_networks()))
     with _Stage("train", run if main else None, seconds):
         fit(method, config, run, accelerator, watch)
         if main:

@@ -66,7 +66,7 @@ def _drawn(options: argparse.Namespace) -> tuple[dict[str, list[SubjectRecord]],
     trial = origins["A"].trial
     trial.evaluate.check()
     for origin in origins.values():
-        origin.check()
+        origin.check(trial.evaluate.all_prompts)
     held_out = trial.train.data.split().held_out if trial.evaluate.needs_references else ()
     # Torch is loaded only now that all that can be wrong with names is known.
     from evaluation.evaluate import evaluate, open_scorers

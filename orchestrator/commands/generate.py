@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     if origin.adapter is None and origin.checkpoint is None and options.scale != 1:
         raise ConfigError(f"got --scale {options.scale:g} without an adapter; expected one, or no scale")
     files = _files(options, origin.trial)
-    origin.check()
+    origin.check([one.prompt for one in files])
     # Torch is loaded only now that all that can be wrong with names is known.
     from evaluation.grid import draw_grid
     from trainers.sampling import generate
@@ -71,10 +71,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _files(options: argparse.Namespace, trial: TrialSpec) -> Mapping[Request, str]:
     """Every picture, prompt after prompt, and the name of its file."""
-    from evaluation.config import MAX_SEED
     from evaluation.evaluate import name_files
     from trainers.errors import ConfigError
-    from trainers.prompt import Prompt
+    from trainers.prompt import MAX_SEED, Prompt
 
     if "" in options.prompt:
         raise ConfigError("got an empty --prompt; expected words")

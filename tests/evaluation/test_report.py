@@ -17,7 +17,7 @@ from evaluation.report import Reporter
 from trainers.prompt import Sample
 from trainers.rundir import RunDir
 
-METHOD: Any = SimpleNamespace(model=SimpleNamespace(device=None), held_out=())
+METHOD: Any = SimpleNamespace(model=None, backbone=SimpleNamespace(device=None), held_out=())
 
 
 class Length(PictureScorer):

@@ -88,6 +88,10 @@ def refused(answer: Answer, *parts: str) -> None:
         (["trial.evaluate.metrics.clip_t.model=./gone"], ["trial.evaluate", "metrics.clip_t", "gone: no such folder"]),
         (["trial.train.data.holdout=0"], ["trial.train.data", "got no held-out pictures"]),
         (["trial.train.data.resolution=60"], ["trial.train.data", "60", "multiples of 8"]),
+        (
+            ["trial.evaluate.prompts=[{text: a zog, label: [1, 2, 3]}]"],
+            ["study.yaml", "trial.evaluate", "a zog (1 2 3)"],
+        ),
         (["output=/proc/nowhere"], ["output", "expected a folder that can be written"]),
         (["launcher={kind: local, gpus: [7]}"], ["launcher.gpus", "got 7; expected"]),
         (["limits.trials=many"], ["limits.trials: got 'many'; expected"]),

@@ -215,15 +215,28 @@ def test_adapter_scale_weighs_the_streams_and_is_undone(make, accelerator, pairs
         ({"label": (1.0,)}, DataError, "the label has 1 numbers; expected 3"),
         ({"box": (0, 0, 8, 8)}, ConfigError, "says box, which this adapter does not hear"),
         ({"image": "0.png"}, ConfigError, "trained on embeddings from files"),
-        ({"embedding": "short.npy"}, DataError, "has 2 numbers; expected 6"),
+        ({"embedding": "short.npy"}, DataError, r"has (2 numbers|shape \(2,\)); expected 6"),
     ],
 )
 def test_a_prompt_that_cannot_be_heard_is_refused(make, accelerator, pairs, prompt, error, message):
     np.save(pairs.parent / "short.npy", np.zeros(2, np.float32))
     model = make().build(0, None, accelerator).model
     said = {name: str(pairs.parent / value) if isinstance(value, str) else value for name, value in prompt.items()}
-    with pytest.raises(error, match=message):
-        model.prepare([Prompt.model_validate({"text": "a", **said})], 64, 64)
+    asked = [Prompt.model_validate({"text": "a", **said})]
+    for refuse in (lambda: model.prepare(asked, 64, 64), lambda: make().check_prompts(asked, 64)):
+        with pytest.raises(error, match=message):
+            refuse()
+
+
+@pytest.mark.parametrize("content", [None, b"no picture"])
+def test_a_prompts_picture_that_cannot_be_read_is_found_before_training(make, pairs, vision_folder, content):
+    photo = pairs.parent / "photo.png"
+    if content:
+        photo.write_bytes(content)
+    config = make(image_encoder={"path": str(vision_folder)}, label_to_token=None)
+    with pytest.raises(DataError, match=r"the prompt 'a .*photo\.png cannot be read"):
+        config.check_prompts([Prompt(text="a", image=photo)], 64)
+    config.check_prompts([Prompt(text="a"), Prompt(text="a", image=pairs.parent / "0.png")], 64)
 
 
 def test_a_label_is_refused_where_only_pictures_are_heard(make, accelerator):

@@ -29,3 +29,16 @@ def test_a_package_that_is_not_installed_is_named_before_the_model_is_read(make_
     monkeypatch.setattr("trainers.optim.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="prodigyopt is not installed"):
         make_config(optimizer={"kind": "prodigy"}, backbone={"kind": "sdxl", "path": "/nowhere"}).check()
+
+
+def test_what_training_is_to_draw_is_looked_at_before_it_begins(make_config):
+    samples = {"every": 3, "prompts": [{"text": "a zog", "label": [1, 2, 3]}], "resolution": 64, "steps": 1}
+    with pytest.raises(ConfigError, match=r"^train\.samples: the prompt 'a zog \(1 2 3\)' says more than words"):
+        make_config(samples=samples).check()
+
+
+def test_a_seed_of_a_sample_is_a_whole_number_from_nought(make_config):
+    samples = {"every": 3, "prompts": ["a zog"], "resolution": 64, "steps": 1}
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match=r"samples\.seeds\.0"):
+            make_config(samples=samples | {"seeds": [seed]})

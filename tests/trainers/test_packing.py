@@ -1,12 +1,20 @@
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+from trainers.cache import Cache
+from trainers.frozen import Frozen
 from trainers.packing import fits, load_packed, pack
+from trainers.prior import PriorConfig
+from trainers.prompt import Sample
+from trainers.rundir import write_atomically
 
 
 def rows(count, dtype=torch.float32):
@@ -59,6 +67,57 @@ def test_an_interrupted_packing_leaves_nothing_that_counts(tmp_path):
     assert load_packed(tmp_path) is None
     pack(tmp_path, rows(2))
     assert load_packed(tmp_path)[0] == [0, 1]
+
+
+def put(folder):
+    Cache(folder).put("key", {"value": torch.zeros(1)})
+
+
+def note(folder):
+    write_atomically(folder / "file", "text")
+
+
+def draw(folder):
+    accelerator = SimpleNamespace(
+        process_index=0, num_processes=1, autocast=contextlib.nullcontext, wait_for_everyone=lambda: None
+    )
+    frozen = SimpleNamespace(accelerator=accelerator, cache=True, backbone=None)
+    PriorConfig(prompt="a thing")._draw(frozen, 64, [folder / "0000.png"])
+
+
+def blank(model, requests, config):
+    return (Sample(one.prompt, one.seed, Image.new("RGB", (8, 8))) for one in requests)
+
+
+@pytest.mark.parametrize("write", [put, note, draw, lambda folder: pack(folder, rows(2))])
+def test_two_machines_whose_processes_have_one_number_write_the_same_at_once(tmp_path, monkeypatch, write):
+    monkeypatch.setattr("trainers.sampling.generate", blank)
+    replace = Path.replace
+
+    def late(self, target):
+        monkeypatch.setattr(Path, "replace", replace)
+        write(tmp_path)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    write(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert Path.replace is replace
+
+
+def test_processes_wait_as_often_whether_they_find_rows_packed_or_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainers.packing.MEMORY_BYTES", 0)
+    waits = []
+    accelerator = SimpleNamespace(
+        process_index=0, num_processes=2, is_local_main_process=True, wait_for_everyone=lambda: waits.append(0)
+    )
+    frozen = Frozen(None, None, Cache(tmp_path), accelerator)
+    counts = []
+    for _ in range(2):
+        frozen.stack("rows", lambda i: f"{i:064}", lambda i: rows(1)[0], 3)
+        counts.append(len(waits))
+        waits.clear()
+    assert counts == [2, 2]
 
 
 def test_writing_to_a_mapped_column_does_not_change_the_file(tmp_path):

@@ -135,8 +135,9 @@ class IdentityConfig(DataConfig):
         found = self._examples()
         examples = tuple(replace(example, key=_hash(example.path)) for example in found)
         check_people(examples, self.index_path)
-        held_out = self._hold_out(examples)
-        train = [example for example in examples if example not in held_out]
+        chosen = self._hold_out(examples)
+        held_out = tuple(map(_framed, chosen))
+        train = [_framed(example) for example in examples if example not in chosen]
         mirrored = [_mirror(example) for example in train] if self.mirror else []
         readable = {example.path for example in examples}
         unreadable = tuple(path for name in self._entries() if (path := self.path / name) not in readable)
@@ -298,6 +299,12 @@ def _geometry(example: IdentityExample) -> Geometry:
 def _round_outward(corners: _Corners) -> tuple[int, int, int, int]:
     left, top, right, bottom = corners
     return math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+
+
+def _framed(example: IdentityExample) -> IdentityExample:
+    """With what the index says of the picture, which decides how it is cut and what is told of it, in its key."""
+    told = json.dumps([example.key, example.face, example.body, example.whole])
+    return replace(example, key=hashlib.sha256(told.encode()).hexdigest())
 
 
 def _hash(path: Path) -> str:

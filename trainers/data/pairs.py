@@ -124,15 +124,20 @@ def check_pairs(rows: Iterable[Pair], label: int | None, embedding: int | None) 
         if label is not None and row.label is not None and len(row.label) != label:
             raise DataError(f"{row.where}: the label has {len(row.label)} numbers; expected {label} (in_features)")
         if embedding is not None:
-            _check_embedding(row, embedding)
+            if row.embedding is None:
+                raise DataError(f"{row.where}: no embedding; name a file with one, or set image_encoder")
+            check_embedding(row.embedding, row.where, embedding)
 
 
-def _check_embedding(row: Pair, length: int) -> None:
-    if row.embedding is None:
-        raise DataError(f"{row.where}: no embedding; name a file with one, or set image_encoder")
-    shape = _shape(row.embedding, row.where)
+def check_embedding(path: Path, where: str, length: int) -> None:
+    """Look at the header of a file with an embedding.
+
+    Raises:
+        DataError: It cannot be read, or has not so many numbers; begins with `where`.
+    """
+    shape = _shape(path, where)
     if math.prod(shape) != length or length not in shape:
-        raise DataError(f"{row.where}: {row.embedding} has shape {shape}; expected {length} numbers (in_features)")
+        raise DataError(f"{where}: {path} has shape {shape}; expected {length} numbers (in_features)")
 
 
 def _shape(path: Path, where: str) -> tuple[int, ...]:
@@ -147,7 +152,7 @@ def _shape(path: Path, where: str) -> tuple[int, ...]:
         with opened as file:
             names: list[str] = list(file.keys())
             return tuple(file.get_slice(names[0]).get_shape()) if len(names) == 1 else (len(names), 0)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, EOFError, ValueError, SafetensorError) as error:
         raise DataError(f"{where}: {path} cannot be read ({error}); expected one vector of numbers") from error
 
 

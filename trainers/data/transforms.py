@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import PIL
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from trainers.batch import Geometry, Picture
 from trainers.errors import DataError
@@ -93,10 +93,24 @@ def upright_size(path: Path) -> tuple[int, int]:
     """Height and width of a picture once it stands upright, from the file's header.
 
     Raises:
-        OSError: It is missing, or not a picture.
+        OSError: It is missing, or not a picture that can be decoded.
     """
-    from PIL import ExifTags
+    try:
+        with Image.open(path) as image:
+            # As text it turns nothing; the last four values exchange the sides.
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return image.size if turned else (image.height, image.width)
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(f"{path}: {error}") from error
 
-    with Image.open(path) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # the four that exchange the sides
-        return image.size if turned else (image.height, image.width)
+
+def find_size(path: Path, where: str) -> tuple[int, int]:
+    """As `upright_size`.
+
+    Raises:
+        DataError: It is missing, or not a picture; begins with `where`.
+    """
+    try:
+        return upright_size(path)
+    except OSError as error:
+        raise DataError(f"{where}: {path} cannot be read ({error}); expected a picture") from error

@@ -16,11 +16,10 @@ from trainers.adapters.tokens import TokenConditioner, read_embedding, stack
 from trainers.backbone import Backbone, Condition
 from trainers.batch import init_seed
 from trainers.data.transforms import open_picture
-from trainers.errors import ConfigError, DataError
 from trainers.ip_adapter.files import IMAGE_FILE, STREAMS_FILE, read_tensors, write_tensors
 from trainers.ip_adapter.vision import ImageEncoder
 from trainers.prompt import Prompt
-from trainers.streams import STREAMS, AdaptersConfig, EmbedToToken, StreamName, TokensConfig
+from trainers.streams import STREAMS, AdaptersConfig, EmbedToToken, StreamName, TokensConfig, check_heard
 from trainers.wrapped import Wrapped
 
 CONDITIONERS: Mapping[StreamName, str] = {"image": "embed_to_token", "label": "label_to_token"}
@@ -160,10 +159,14 @@ class IpAdapted(Wrapped[Backbone]):
     ) -> Condition:
         words = [None if prompt is None else Prompt(text=prompt.text) for prompt in prompts]
         condition = self.backbone.prepare(words, height, width, negative=negative)
+        names = self.adapter.stream_names
+        tokens: dict[StreamName, TokensConfig] = {name: self.adapter.conditioner(name).config for name in names}
         for prompt in prompts:
-            self._refuse_what_is_not_heard(prompt)
+            if prompt is not None:
+                check_heard(prompt, tokens, sees=self._encoder is not None)
+        labels = [None if prompt is None else prompt.label for prompt in prompts]
         vectors: Vectors = {
-            name: stack(self._labels(prompts) if name == "label" else self._embeddings(prompts), self._length(name))
+            name: stack(labels if name == "label" else self._embeddings(prompts), self._length(name))
             for name in self.adapter.stream_names
         }
         return self.adapter.tell(condition, vectors)
@@ -177,30 +180,6 @@ class IpAdapted(Wrapped[Backbone]):
 
     def _length(self, stream: StreamName) -> int:
         return self.adapter.conditioner(stream).config.in_features
-
-    def _refuse_what_is_not_heard(self, prompt: Prompt | None) -> None:
-        if prompt is None:
-            return
-        streams = self.adapter.stream_names
-        heard = {"image": "image" in streams, "embedding": "image" in streams, "label": "label" in streams}
-        for name in type(prompt).model_fields.keys() - {"text", "shows"}:
-            if getattr(prompt, name) is not None and not heard.get(name):
-                raise ConfigError(
-                    f"the prompt {str(prompt)!r} says {name}, which this adapter does not hear; remove it"
-                )
-        if prompt.image and not prompt.embedding and self._encoder is None:
-            raise ConfigError(
-                f"the prompt {str(prompt)!r} has an image, and the adapter was trained on embeddings from files; "
-                "give its embedding, or set image_encoder"
-            )
-
-    def _labels(self, prompts: Sequence[Prompt | None]) -> list[tuple[float, ...] | None]:
-        labels = [None if prompt is None else prompt.label for prompt in prompts]
-        for prompt, label in zip(prompts, labels, strict=True):
-            if label is not None and len(label) != self._length("label"):
-                expected = self._length("label")
-                raise DataError(f"the prompt {str(prompt)!r}: the label has {len(label)} numbers; expected {expected}")
-        return labels
 
     def _embeddings(self, prompts: Sequence[Prompt | None]) -> list[Tensor | None]:
         encoder: ImageEncoder | None = None

@@ -9,7 +9,7 @@ from pydantic import NonNegativeInt, PositiveFloat, model_validator
 
 from trainers.adapters.queries import choose_layer
 from trainers.config import Config
-from trainers.errors import ModelError
+from trainers.errors import ConfigError, ModelError
 from trainers.matching.masks import shrink
 from trainers.matching.teacher import QueryTarget, SameLatent, Teacher
 
@@ -46,6 +46,15 @@ class PdmConfig(Config):
         if self.timesteps and self.timesteps[0] > self.timesteps[1]:
             raise ValueError(f"timesteps are {self.timesteps}; expected the smaller one first")
         return self
+
+    def check(self, num_timesteps: int) -> None:
+        """Raise ConfigError if queries cannot be matched at these timesteps of a model that has so many."""
+        if self.timesteps and self.timesteps[1] >= num_timesteps:
+            raise ConfigError(
+                f"train.pdm.timesteps: the last is {self.timesteps[1]}; expected at most {num_timesteps - 1}, the "
+                "model's last"
+            )
+        self.target.check(num_timesteps, self.timesteps)
 
 
 class QueryMatching:
@@ -87,7 +96,7 @@ class QueryMatching:
 
         process, t = self._backbone.process, noised.t.clone()
         drawn = torch.stack([process.draw_t(rngs[row], self._config.timesteps) for row in rows])
-        t[list(rows)] = (self._trajectories.snap(drawn) if self._trajectories else drawn).to(t)
+        t[list(rows)] = (self._trajectories.snap(drawn, self._config.timesteps) if self._trajectories else drawn).to(t)
         x_t, target = (make(noised.x0, noised.noise, t) for make in (process.add_noise, process.target))
         return replace(noised, t=t, x_t=x_t, target=target)
 

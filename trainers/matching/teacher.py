@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from trainers.adapters.queries import call_with_queries
 from trainers.config import Choice
+from trainers.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -84,12 +85,12 @@ class Trajectories:
     """The same for all pictures, rising to the last training timestep."""
     latents: Float[Tensor, "pictures n c h w"]
 
-    def snap(self, t: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """The first of the trajectories' timesteps that is not before t: uniform if t is."""
-        import torch
-
+    def snap(self, t: Int[Tensor, " b"], band: tuple[int, int] | None = None) -> Int[Tensor, " b"]:
+        """As far along the trajectories' timesteps in the band as t is along the band: uniform if t is."""
         grid = self.timesteps.to(t.device)
-        return grid[torch.searchsorted(grid, t)]
+        low, high = band or (0, int(grid[-1]))
+        grid = grid[(low <= grid) & (grid <= high)]
+        return grid[(t - low) * len(grid) // (high - low + 1)]
 
     def at(self, pictures: Sequence[int], t: Int[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
         """Each row's latents at its timestep, which is one of the trajectories'."""
@@ -103,6 +104,9 @@ class QueryTarget(Choice):
 
     same: ClassVar[bool] = False
     """Whether they are those that the trained model sees."""
+
+    def check(self, num_timesteps: int, band: tuple[int, int] | None) -> None:
+        """Raise ConfigError if there are no latents at so many timesteps of a model, or none in the band."""
 
     @abstractmethod
     def prepare(self, frozen: Frozen, pictures: Images, conditions: Sequence[Condition]) -> Trajectories | None:
@@ -134,6 +138,19 @@ class Inverted(QueryTarget):
     steps: PositiveInt = 100
     """Denoiser calls per picture, and latents stored: at 512 pixels 65 kB each. A divisor of the model's timesteps;
     training draws only from those at which there is a latent."""
+
+    @override
+    def check(self, num_timesteps: int, band: tuple[int, int] | None) -> None:
+        if num_timesteps % self.steps:
+            raise ConfigError(
+                f"train.pdm.target.steps is {self.steps}; expected a divisor of the model's {num_timesteps} timesteps"
+            )
+        apart = num_timesteps // self.steps
+        if band and (band[1] + 1) // apart == band[0] // apart:
+            raise ConfigError(
+                f"train.pdm.timesteps: none of {self.steps} steps of inversion ends in {list(band)}; expected a wider "
+                "band, or more target.steps"
+            )
 
     @override
     def prepare(self, frozen: Frozen, pictures: Images, conditions: Sequence[Condition]) -> Trajectories | None:

@@ -10,7 +10,8 @@ from typing_extensions import override
 
 from trainers.adapters.lora import LoraConfig
 from trainers.batch import Stream
-from trainers.data.pairs import Pair, PairsConfig, check_pairs
+from trainers.data.pairs import Pair, PairsConfig, check_embedding, check_pairs
+from trainers.data.transforms import find_size
 from trainers.errors import ConfigError
 from trainers.ip_adapter.vision import ImageEncoderConfig
 from trainers.method import Method, MethodConfig, Trained
@@ -22,13 +23,14 @@ from trainers.streams import (
     Probability,
     StreamName,
     TokensConfig,
+    check_heard,
     cross_attention,
 )
 from trainers.tuning import TunedConfig, export, load, tune_denoiser, tune_text_encoders
 from trainers.unet import UnetConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from accelerate import Accelerator
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from trainers.batch import Batch
     from trainers.frozen import Frozen, Images, Texts
     from trainers.ip_adapter.model import IpAdapted, IpAdapter
+    from trainers.prompt import Prompt
 
 
 class IpAdapterConfig(TunedConfig):
@@ -126,6 +129,15 @@ class IpAdapterConfig(TunedConfig):
         """
         embedding = self.embed_to_token.in_features if self.embed_to_token and not self.image_encoder else None
         check_pairs(rows, self.label_to_token.in_features if self.label_to_token else None, embedding)
+
+    @override
+    def check_prompts(self, prompts: Iterable[Prompt], resolution: int) -> None:
+        for prompt in prompts:
+            check_heard(prompt, self.tokens, sees=self.image_encoder is not None)
+            if prompt.embedding and self.embed_to_token:
+                check_embedding(prompt.embedding, f"the prompt {str(prompt)!r}", self.embed_to_token.in_features)
+            elif prompt.image:
+                find_size(prompt.image, f"the prompt {str(prompt)!r}")
 
     @override
     def num_trainable(self) -> int:
@@ -243,13 +255,9 @@ class IpAdapterMethod(Method):
 
     @override
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:
-        import torch
-
         noised = self._denoising.noised(batch)
         prediction = self._model.denoise(noised.x_t, noised.t, self.condition(batch))
-        losses = self._denoising.losses(prediction, noised)
-        weights = [self.example(i).weight for i in batch.indices]
-        return losses * torch.tensor(weights, device=losses.device)
+        return self._denoising.losses(prediction, noised)
 
     def condition(self, batch: Batch) -> Condition:
         """What the denoiser is told about each row: caption, sizes and tokens, less what is dropped."""

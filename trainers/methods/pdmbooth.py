@@ -127,6 +127,7 @@ class PdmboothConfig(TunedConfig):
             self.prior.check(self.data, self.backbone)
         if self.pdm:
             choose_layer(self.pdm.layer, shapes["unet"])
+            self.pdm.check(self.backbone.num_timesteps)
         if self.masks:
             self.masks.check([example.path for example in self.data.split().train])
 
@@ -253,7 +254,7 @@ class Pdmbooth(Method):
         if pdm:
             weights["pdm"] = pdm.weight
         (weight,) = (weights[role] for role, rows in self._rows.items() if index in rows)
-        return len(self._rows) * weight * self.examples[index].weight
+        return len(self._rows) * weight
 
     def _freeze_what_acts_after_the_queries(self) -> None:
         """Without any denoising loss nothing reaches these weights, and they are not trained."""

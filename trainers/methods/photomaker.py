@@ -17,10 +17,12 @@ from trainers.data.identity import IdentityConfig, IdentityExample, check_people
 from trainers.errors import ConfigError, ModelError
 from trainers.face import FaceConfig
 from trainers.method import Method, Trained
+from trainers.people.files import restore, save
+from trainers.people.prompts import check_prompt
 from trainers.tuning import TunedConfig, export, load, tune
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     import torch
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from trainers.frozen import Images
     from trainers.people.identities import Identities
     from trainers.people.model import People, PhotoMaker
+    from trainers.prompt import Prompt
+    from trainers.version import Lineage
 
 _BRANCHES, _ENCODER = "branches.safetensors", "id_encoder.safetensors"
 
@@ -105,6 +109,11 @@ class PhotoMakerConfig(TunedConfig):
             raise ConfigError("train.faces is missing; expected a face embedder, or data.embeddings")
 
     @override
+    def check_prompts(self, prompts: Iterable[Prompt], resolution: int) -> None:
+        for prompt in prompts:
+            check_prompt(prompt, self.trigger_word, (resolution, resolution), finds=self.faces is not None)
+
+    @override
     def num_trainable(self) -> int:
         """Exact for adapters and branches; of an identity encoder that is trained, all there is."""
         unet = self.backbone.weight_shapes()["unet"]
@@ -140,9 +149,9 @@ class PhotoMakerConfig(TunedConfig):
             return model
         load(model.backbone, folder)
         if self.branches.branched_self:
-            _restore(model.branches, folder / _BRANCHES)
+            restore(model.branches, folder / _BRANCHES)
         if self.train_id_encoder:
-            _restore(model.encoder, folder / _ENCODER)
+            restore(model.encoder, folder / _ENCODER)
         return model
 
     def load_photomaker(self, base: SdxlConfig, seed: int, accelerator: Accelerator) -> PhotoMaker:
@@ -217,6 +226,10 @@ class PhotoMakerMethod(Method):
             return self.config.load_trained(Path(folder), self._accelerator)
 
     @override
+    def remember(self, lineage: Lineage) -> None:
+        self.photomaker.lineage = lineage
+
+    @override
     def trained(self) -> Mapping[str, Trained]:
         return self._trained
 
@@ -227,9 +240,7 @@ class PhotoMakerMethod(Method):
         condition = self.condition(batch, kept)
         prediction = self.photomaker.denoise_as(("branched",) * len(kept), noised.x_t, noised.t, condition)
         errors = (prediction.float() - noised.target).square()
-        losses = self._denoising.weigh(self._mean(errors, batch, kept), noised)
-        weights = [self.example(i).weight for i in batch.indices]
-        return losses * losses.new_tensor(weights) + self._touch(kept)
+        return self._denoising.weigh(self._mean(errors, batch, kept), noised) + self._touch(kept)
 
     def condition(self, batch: Batch, kept: list[bool]) -> Condition:
         """What each row is told: its caption, the person of a reference, and that reference; or nothing at all."""
@@ -314,37 +325,4 @@ class PhotoMakerMethod(Method):
         export(self.backbone, {"unet": self._trained["unet"]}, folder)
         for name, file in (("branches", _BRANCHES), ("id_encoder", _ENCODER)):
             if name in self._trained:
-                _save(self._trained[name], folder / file)
-
-
-def _save(trained: Trained, path: Path) -> None:
-    from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: value.detach().contiguous() for name, value in trained.parameters().items()}, temporary)
-    temporary.replace(path)
-
-
-def _restore(network: Any, path: Path) -> None:
-    """Load what `_save` wrote of a network.
-
-    Raises:
-        ModelError: It is not there, or of a network with other trained weights.
-    """
-    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
-
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; expected what a finished trial of photomaker exports")
-    state: dict[str, Any] = load_file(path)
-    wanted = _trained_names(network)
-    missing, unknown = wanted - state.keys(), state.keys() - wanted
-    if missing or unknown:
-        name = min(missing or unknown)
-        raise ModelError(f"{path}: {'lacks' if missing else 'has'} {name}; was it trained with other branches?")
-    network.load_state_dict(state, strict=False)
-
-
-def _trained_names(network: Any) -> set[str]:
-    """Names of a network's weights that a trial with it trains and saves."""
-    names = (name for name, _ in network.named_parameters())
-    return {name for name in names if not name.startswith(("vision_model.", "visual_projection"))}
+                save(self._trained[name].parameters(), folder / file)

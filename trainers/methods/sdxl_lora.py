@@ -71,13 +71,9 @@ class SdxlLora(Method):
 
     @override
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:
-        import torch
-
         noised = self._denoising.noised(batch)
         prediction = self.backbone.denoise(noised.x_t, noised.t, self.condition(batch))
-        losses = self._denoising.losses(prediction, noised)
-        weights = [self.example(i).weight for i in batch.indices]
-        return losses * torch.tensor(weights, device=losses.device)
+        return self._denoising.losses(prediction, noised)
 
     def condition(self, batch: Batch) -> Condition:
         """What the denoiser is told about each row: its caption, unless that is dropped, and its sizes."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,9 +16,10 @@ from trainers.backbone import Condition, Moments, TextEmbeddings
 from trainers.batch import Geometry
 from trainers.branching import mode_at
 from trainers.data.transforms import open_picture
-from trainers.errors import ConfigError, DataError, ModelError
+from trainers.errors import DataError, ModelError
 from trainers.framing import Framing
 from trainers.people.face_vectors import find_face, read_embedding
+from trainers.people.prompts import check_said, shows_nobody
 from trainers.people.words import Reader, Words
 from trainers.wrapped import Wrapped
 
@@ -102,28 +102,16 @@ class PhotoMaker(Wrapped["Sdxl"]):
         people: dict[tuple[Any, ...], tuple[Tensor, Tensor, Box]] = {}
         rows: list[Condition] = []
         for prompt in prompts:
-            if prompt is None or (prompt.is_plain and self.options.trigger not in re.findall(r"\w+", prompt.text)):
+            if prompt is None or shows_nobody(prompt, self.options.trigger):
                 plain = self.backbone.prepare([prompt], height, width, negative=negative)
                 rows.append(self.tell_nobody(plain, self.latent_shape(height, width)))
                 continue
-            self._check(prompt, height, width)
+            check_said(prompt, self.options.trigger, (height, width))
             key = (prompt.image, prompt.more_images, prompt.image_box, prompt.embedding)
             if key not in people:
                 people[key] = self._meet(prompt, (height, width))
             rows.append(self._tell_one(prompt, people[key], (height, width)))
         return Condition.cat(rows)
-
-    def _check(self, prompt: Prompt, height: int, width: int) -> None:
-        if prompt.label is not None or prompt.image is None:
-            raise ConfigError(
-                f"the prompt {str(prompt)!r}: expected words alone, or words with {self.options.trigger!r} and the "
-                "photo of a person (image)"
-            )
-        if prompt.box is None:
-            raise ConfigError(f"the prompt {str(prompt)!r} does not say where the face is to be; set box")
-        left, top, right, bottom = prompt.box
-        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-            raise ConfigError(f"the prompt {str(prompt)!r}: box {prompt.box} is not inside {width} x {height} pixels")
 
     def _meet(self, prompt: Prompt, size: tuple[int, int]) -> tuple[Tensor, Tensor, Box]:
         """Tokens of a prompt's photos, latents of the first, and the face's box in that, framed to `size`."""

@@ -93,6 +93,28 @@ def test_a_face_at_the_edge_is_kept_in_sight(tmp_path):
     assert bright(data.read(example).pixels) == example.box == (15, 10, 64, 50)
 
 
+def test_one_photo_of_two_people_is_cut_around_each_and_cached_as_two(tmp_path, index):
+    for name in ("anna/0.png", "berta/0.png"):
+        photo(0, (200, 64)).save(tmp_path / name)
+    write(tmp_path, {**index, "berta/0.png": {**ENTRY, "face_crop": [150, 10, 190, 50]}})
+    data = config(tmp_path, mirror=False)
+    anna, berta = (one for one in data.split().train if one.path.name == "0.png")
+    assert data.read(anna).geometry.crop != data.read(berta).geometry.crop
+    assert anna.key != berta.key
+
+
+@pytest.mark.parametrize(
+    "change", [{"face_crop": [22, 10, 54, 42]}, {"body_crop": [0, 0, 48, 32]}, {"orig_image_size": [128, 192]}]
+)
+def test_what_the_index_says_of_a_photo_is_part_of_its_key_and_not_of_what_is_held_out(tmp_path, index, change):
+    before = config(tmp_path, holdout=2).split()
+    write(tmp_path, {name: {**entry, **change} for name, entry in index.items()})
+    after = config(tmp_path, holdout=2).split()
+    for old, new in ((before.train, after.train), (before.held_out, after.held_out)):
+        assert [one.path for one in old] == [one.path for one in new]
+        assert not {one.key for one in old} & {one.key for one in new}
+
+
 def test_who_it_is_comes_from_the_entry_or_else_the_subfolder(tmp_path, index):
     assert {example.identity for example in config(tmp_path).split().train} == {"anna", "berta"}
     write(tmp_path, {name: {**entry, "identity": "carla"} for name, entry in index.items()})

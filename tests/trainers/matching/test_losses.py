@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trainers.errors import ModelError
+from trainers.errors import ConfigError, ModelError
 from trainers.matching.losses import PdmConfig, query_losses
 from trainers.matching.teacher import Trajectories
 
@@ -83,6 +83,32 @@ def test_timesteps_are_moved_to_the_next_that_has_latents_and_stay_uniform():
     moved = paths.snap(torch.arange(1000))
     assert moved.bincount()[[249, 499, 749, 999]].tolist() == [250] * 4
     assert (moved >= torch.arange(1000)).all()
+
+
+@pytest.mark.parametrize("band", [(450, 700), (450, 698), (99, 99), (0, 999)])
+def test_a_timestep_that_is_moved_stays_in_its_band(band):
+    paths = Trajectories(torch.arange(99, 1000, 100), torch.zeros(1, 10, 1, 1, 1))
+    inside = [t for t in range(99, 1000, 100) if band[0] <= t <= band[1]]
+    moved = paths.snap(torch.arange(band[0], band[1] + 1), band)
+    counts = torch.bincount(moved, minlength=1000)
+    assert moved.unique().tolist() == inside
+    assert int(counts[inside].max() - counts[inside].min()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timesteps": (1200, 1300)}, "timesteps: the last is 1300; expected at most 999"),
+        ({"target": {"kind": "inverted", "steps": 300}}, "steps is 300; expected a divisor"),
+        ({"target": {"kind": "inverted", "steps": 10}, "timesteps": (0, 98)}, "none of 10 steps"),
+        ({"target": {"kind": "inverted", "steps": 10}, "timesteps": (100, 198)}, "none of 10 steps"),
+    ],
+)
+def test_timesteps_that_cannot_be_matched_are_found_before_training(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        PdmConfig.model_validate(changes).check(1000)
+    for band in ((99, 99), (0, 99), (100, 199), (998, 999)):
+        PdmConfig.model_validate({"target": {"kind": "inverted", "steps": 10}, "timesteps": band}).check(1000)
 
 
 def test_a_band_of_timesteps_begins_before_it_ends():

@@ -1,4 +1,7 @@
 # pyright: basic, reportPrivateImportUsage=false
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
@@ -8,6 +11,8 @@ from tests.contracts.method import MethodContract
 from tests.trainers.models import build_sana
 from trainers.batch import Batch
 from trainers.loop import fit
+from trainers.prior import PriorConfig
+from trainers.prompt import Sample
 from trainers.rundir import RunDir
 
 PRIOR = {"prompt": "a thing", "count": 3, "steps": 2, "batch_size": 2}
@@ -114,6 +119,22 @@ def test_class_pictures_are_drawn_once_and_exactly_as_many_as_are_missing(make, 
     assert [example.prompt for example in method.examples[6:]] == ["a thing"] * 3
     monkeypatch.setattr("trainers.backbones.sdxl.Sdxl.decode", None)
     make(prior=PRIOR).build(2, cache, accelerator)
+
+
+def test_every_class_picture_is_somebodys_whatever_is_drawn_between_two_processes_looks(tmp_path, monkeypatch):
+    def blank(model, requests, config):
+        return (Sample(one.prompt, one.seed, Image.new("RGB", (8, 8))) for one in requests)
+
+    monkeypatch.setattr("trainers.sampling.generate", blank)
+    files = [tmp_path / f"{seed}.png" for seed in range(4)]
+    for rank in range(2):
+        accelerator = SimpleNamespace(
+            process_index=rank, num_processes=2, autocast=nullcontext, wait_for_everyone=lambda: None
+        )
+        PriorConfig(prompt="a thing")._draw(
+            SimpleNamespace(accelerator=accelerator, cache=True, backbone=None), 64, files
+        )
+    assert all(file.is_file() for file in files)
 
 
 def test_the_log_says_how_far_long_drawing_and_encoding_are(make, accelerator, tmp_path, monkeypatch, caplog):

@@ -20,6 +20,8 @@ from tests.trainers.photomakers import (  # noqa: F401, fixtures among them
 from trainers.errors import ModelError
 from trainers.guidance import AutoGuidance
 from trainers.prompt import Prompt
+from trainers.rundir import RunDir
+from trainers.train import train
 
 
 @pytest.fixture
@@ -189,3 +191,9 @@ def test_pictures_may_be_drawn_on_another_base(make, accelerator, people, tmp_pa
     told = [prompt(people)]
     assert torch.equal(predict(method.model, told), predict(expected, told))
     assert not torch.allclose(predict(method.photomaker, told), predict(expected, told), atol=1e-3)
+
+
+def test_a_base_to_draw_on_is_loaded_for_pictures_alone(make, accelerator, tmp_path, monkeypatch, sdxl_folder):
+    config = make(draw_on={"kind": "sdxl", "path": str(sdxl_folder)}, steps=1)
+    monkeypatch.setattr(type(config), "load_trained", lambda *_: pytest.fail("a model was loaded"))
+    train(config, RunDir(tmp_path / "run"), 0, None, accelerator)

@@ -286,16 +286,6 @@ def test_no_readable_picture_at_all_is_an_error(make_config, accelerator, pictur
         make_config().build(0, None, accelerator)
 
 
-def test_an_example_of_half_the_weight_counts_half(make_config, accelerator):
-    from dataclasses import replace
-
-    method = make_config().build(0, None, accelerator)
-    with torch.no_grad():
-        whole = method.losses(FOUR)
-        method.examples = tuple(replace(example, weight=0.5) for example in method.examples)
-        torch.testing.assert_close(method.losses(FOUR), whole / 2)
-
-
 def test_a_resolution_that_the_autoencoder_cannot_halve_is_refused(make_config, pictures):
     config = make_config(data={"kind": "folder", "path": str(pictures), "resolution": 60})
     with pytest.raises(DataError, match="multiples of 8"):

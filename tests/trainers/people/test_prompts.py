@@ -23,6 +23,7 @@ from tests.trainers.photomakers import (  # noqa: F401, fixtures among them
 from trainers.adapters.photomaker import Checkpoint, IdEncoder, write_checkpoint
 from trainers.errors import ConfigError, DataError, ModelError
 from trainers.faces.miniature import build_network, save_network
+from trainers.prompt import Prompt
 
 
 class TestPrompts:
@@ -62,14 +63,32 @@ class TestPrompts:
             ({"label": (1.0,)}, ConfigError, r"photo\s+of a person"),
             ({"image": None}, ConfigError, r"photo\s+of a person"),
             ({"image": None, "box": None, "image_box": None}, ConfigError, r"photo\s+of a person"),
-            ({"image_box": (0, 0, 97, 10)}, DataError, r"1\.png: the box"),
-            ({"text": "a man in red"}, DataError, "0 trigger words"),
-            ({"text": "a man img and a woman img"}, DataError, "2 trigger words"),
+            (
+                {"image_box": (0, 0, 97, 10)},
+                DataError,
+                r"1\.png: the box|image_box \(0, 0, 97, 10\) is not inside",
+            ),
+            ({"text": "a man in red"}, (ConfigError, DataError), "0 trigger words|stands 0 times"),
+            ({"text": "a man img and a woman img"}, (ConfigError, DataError), "2 trigger words|stands 2 times"),
         ],
     )
     def test_what_cannot_be_drawn_is_an_error(self, method, people, changes, error, message):
-        with pytest.raises(error, match=message):
-            method.model.prepare([prompt(people, **changes)], 64, 64)
+        asked = [prompt(people, **changes)]
+        for refuse in (method.model.prepare, lambda asked, *_: method.config.check_prompts(asked, 64)):
+            with pytest.raises(error, match=message):
+                refuse(asked, 64, 64)
+
+    @pytest.mark.parametrize("name", ["image", "embedding", "more_images"])
+    def test_a_file_that_is_not_there_is_found_before_training(self, make, people, name):
+        gone = people / "gone.png"
+        told = prompt(people, **{name: (gone,) if name == "more_images" else gone})
+        with pytest.raises(DataError, match=r"the prompt 'a man img in red .*gone\.png"):
+            make().check_prompts([told], 64)
+        make().check_prompts([prompt(people), Prompt(text="a street")], 64)
+
+    def test_without_an_embedder_a_face_must_be_known(self, make, people):
+        with pytest.raises(ConfigError, match=r"set embedding and image_box, or train\.faces"):
+            make(faces=None).check_prompts([prompt(people)], 64)
 
     def test_a_photo_without_a_face_is_an_error_that_names_it(self, method, people, monkeypatch):
         monkeypatch.setattr("trainers.faces.miniature.MiniatureFace.find", lambda self, image, box=None: None)
