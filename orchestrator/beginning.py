@@ -11,18 +11,18 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from orchestrator.identity import differences, listed
+from orchestrator.identity import differences, leaves, listed
 from orchestrator.spec import TrialSpec, get_value
 from trainers.errors import ConfigError
 from trainers.rundir import RunDir, thaw, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
     import optuna
 
@@ -136,10 +136,11 @@ def _read(spec: StudySpec, folder: Path) -> tuple[list[_Known], dict[str, str]]:
     if not runs:
         raise ConfigError(f"warm_start.study: got {folder}; expected the folder of a study, with trials in it")
     known: list[_Known] = []
+    newest: dict[str, float] = {}
     left_out: dict[str, str] = {}
     for run in runs:
         try:
-            known.append(_known(spec, run))
+            known.append(_known(spec, run, newest))
         except ConfigError as error:
             left_out[run.path.name] = str(error)
     if not known:
@@ -155,7 +156,7 @@ def _read(spec: StudySpec, folder: Path) -> tuple[list[_Known], dict[str, str]]:
     return known, left_out
 
 
-def _known(spec: StudySpec, run: RunDir) -> _Known:
+def _known(spec: StudySpec, run: RunDir, newest: dict[str, float]) -> _Known:
     if not run.result.exists():
         raise ConfigError("it was not scored")
     tree = _tree(thaw(run.trial))
@@ -163,7 +164,18 @@ def _known(spec: StudySpec, run: RunDir) -> _Known:
     for path, value in params.items():
         if not spec.search[path].contains(value):
             raise ConfigError(f"{path} is outside of what is searched")
-    return _Known(run, params, differences(tree, spec.resolve(params).model_dump(mode="json")))
+    changed = differences(tree, spec.resolve(params).model_dump(mode="json"))
+    return _Known(run, params, changed | _rewritten(tree, run, newest))
+
+
+def _rewritten(tree: Mapping[str, Any], run: RunDir, newest: dict[str, float]) -> dict[str, str]:
+    """Files and folders of the trial that are newer than it; `newest` remembers what was looked at."""
+    named = {key: text for key, text in leaves(tree) if isinstance(text, str) and text.startswith("/")}
+    for text in named.values():
+        if text not in newest and (path := Path(text)).exists():
+            newest[text] = max(file.stat().st_mtime for file in (path, *path.rglob("*")) if file.exists())
+    began = run.trial.stat().st_mtime
+    return {key: "was changed after the trial began" for key, text in named.items() if newest.get(text, 0.0) > began}
 
 
 def _tree(frozen: Mapping[str, Any]) -> dict[str, Any]:

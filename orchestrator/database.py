@@ -53,7 +53,7 @@ def check_url(url: str) -> str:
             "into every store"
         )
     scheme = parts.scheme.partition("+")[0]
-    if scheme not in _KINDS or (scheme == "sqlite" and not url.startswith("sqlite:////")):
+    if scheme not in _KINDS or "://" not in url or (scheme == "sqlite" and not url.startswith("sqlite:////")):
         where = url.rpartition("@")[2]  # a user's name, and what may stand beside it, are not for messages
         raise ValueError(f"got {where!r}; expected sqlite:////folder/file.db or postgresql://user@host:5432/database")
     return url
@@ -147,11 +147,24 @@ class SqliteDatabase(Database):
     @override
     def reading(self) -> Generator[Query]:
         try:
-            uri = f"{self.path.as_uri()}?mode=ro"
-            with closing(sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS)) as connection:
+            with closing(self._look()) as connection:
                 yield lambda query, values: connection.execute(query, tuple(values)).fetchall()
         except sqlite3.Error as error:
             raise StorageError(f"{self}: got {error}; expected {self.expected}") from error
+
+    def _look(self) -> sqlite3.Connection:
+        """To the file as it is; where nothing can be written, as on a full disk, only if its log has nothing more."""
+        uri = f"{self.path.as_uri()}?mode=ro"
+        connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS)
+        try:
+            connection.execute("SELECT name FROM sqlite_master LIMIT 1")
+        except sqlite3.OperationalError:
+            connection.close()
+            log = self.path.with_name(f"{self.path.name}-wal")
+            if not self.path.is_file() or (log.exists() and log.stat().st_size):
+                raise
+            return sqlite3.connect(f"{uri}&immutable=1", uri=True)
+        return connection
 
     @override
     def studies(self) -> list[str]:

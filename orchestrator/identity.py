@@ -52,7 +52,7 @@ def check_identity(spec: StudySpec, study: optuna.Study, database: Database) -> 
 
 def differences(before: object, now: object) -> dict[str, str]:
     """Dotted path to `was … and is …`, for every leaf of two trees that differs."""
-    old, new = dict(_leaves(before)), dict(_leaves(now))
+    old, new = dict(leaves(before)), dict(leaves(now))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return {key: f"was {_said(old, key)} and is {_said(new, key)}" for key in changed}
 
@@ -70,10 +70,11 @@ def _identity(spec: StudySpec) -> dict[str, Any]:
     return tree
 
 
-def _leaves(tree: object, above: str = "") -> Iterator[tuple[str, object]]:
+def leaves(tree: object, above: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted path and value of everything in a tree that has nothing below it."""
     if isinstance(tree, dict) and tree:
         for key, value in cast("dict[str, object]", tree).items():
-            yield from _leaves(value, f"{above}.{key}" if above else key)
+            yield from leaves(value, f"{above}.{key}" if above else key)
     else:
         yield above, tree
 

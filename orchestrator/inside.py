@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from typing import Literal
 
-import yaml
-
 from orchestrator.launcher import Job, JobId, JobState
 from orchestrator.spec import StudySpec, load_study
+from orchestrator.yaml import dump
 from trainers.rundir import RunDir, read_json, write_atomically
 
 MODULE = "orchestrator"
@@ -57,10 +56,10 @@ def _write(spec: StudySpec, sets: Iterable[str]) -> None:
     ranks = spec.launcher.num_processes
     changes = {"launcher": {"kind": "local", "num_processes": ranks}, "output": "./runs", "storage": None}
     path = run_dir(spec).path / FILE
-    write_atomically(path, yaml.safe_dump({**spec.model_dump(mode="json"), **changes}, sort_keys=False))
+    write_atomically(path, dump({**spec.model_dump(mode="json"), **changes}))
     inner, _ = load_study(path, sets)
     tree = {**inner.model_dump(mode="json"), "output": "./runs"}
-    write_atomically(path, yaml.safe_dump(tree, sort_keys=False))
+    write_atomically(path, dump(tree))
 
 
 def _has_ended(run: RunDir) -> bool:

@@ -96,8 +96,8 @@ def _contents(study: optuna.Study) -> tuple[object, ...]:
     return study.directions, notes, [_content(trial) for trial in study.get_trials(deepcopy=False)]
 
 
-def _content(trial: FrozenTrial) -> tuple[object, ...]:
-    """All of a trial but its id, which is the database's affair."""
+def _content(trial: FrozenTrial) -> str:
+    """All of a trial but its id, which is the database's affair; as text, in which undefined numbers are equal."""
+    known = trial.params, trial.distributions, trial.user_attrs, trial.system_attrs, trial.intermediate_values
     times = trial.datetime_start, trial.datetime_complete
-    attributes = trial.user_attrs, trial.system_attrs, trial.intermediate_values
-    return trial.number, trial.state, trial.values, trial.params, trial.distributions, times, attributes
+    return repr((trial.number, trial.state, trial.values, times, [sorted(mapping.items()) for mapping in known]))

@@ -95,7 +95,7 @@ def find_origin(source: Path, sets: Sequence[str], adapter: Path | None = None, 
 
 def _of_run(trial: TrialSpec, run: RunDir) -> Origin:
     """The adapter; while training goes on, the newest snapshot, or else the newest checkpoint."""
-    if run.adapter.is_dir():
+    if run.adapter.is_dir() and [path.name for path in run.adapter.iterdir()] != ["weak"]:  # which is there before it
         return Origin(trial, run.adapter)
     if snapshots := sorted((run.path / "snapshots").glob("step-*")):
         return Origin(trial, snapshots[-1])

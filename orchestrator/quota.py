@@ -55,7 +55,7 @@ class Quota:
 
     def _delete(self, trial: TrialView) -> None:
         if freed := self._sizes[trial.number]:
-            shutil.rmtree(trial.run.checkpoints)
+            shutil.rmtree(trial.run.checkpoints, ignore_errors=not trial.run.checkpoints.exists())  # someone was faster
             log.info("trial %d: its checkpoints are deleted, %.3g MiB", trial.number, freed / 2**20)
             self._sizes[trial.number] = 0
 

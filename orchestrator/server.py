@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
+from orchestrator import lead
 from trainers.errors import TrackerError
 
 if TYPE_CHECKING:
@@ -48,8 +50,9 @@ def running(
         TrackerError: It ended, or did not answer in five minutes.
     """
     previous = signal.signal(signal.SIGTERM, _interrupt)
+    words = (sys.executable, "-I", "-S", lead.__file__, str(os.getpid()), "", *command)
     process = subprocess.Popen(  # noqa: S603
-        command, env={**os.environ, **environment}, start_new_session=True, stdout=subprocess.DEVNULL
+        words, env={**os.environ, **environment}, start_new_session=True, stdout=subprocess.DEVNULL
     )
     try:
         _wait_until_healthy(process, health)

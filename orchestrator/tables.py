@@ -6,15 +6,14 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.table import Table
 
 from orchestrator.failures import describe, read_failure
 from orchestrator.front import front
 from orchestrator.tracker import COUNTED_STATES
+from orchestrator.yaml import dump
 from trainers.errors import ConfigError, StorageError
 from trainers.finished import LORA_FILE
 from trainers.rundir import RunResult, write_atomically
@@ -101,8 +100,8 @@ def won(spec: StudySpec, trials: Sequence[TrialView]) -> list[TrialView]:
     )
 
 
-def write_best(spec: StudySpec, winners: Sequence[TrialView]) -> tuple[Path, Mapping[str, Any]]:
-    """Write `best_params.yaml` into the study's folder; return its path and content.
+def write_best(spec: StudySpec, winners: Sequence[TrialView]) -> tuple[str, Mapping[str, Any]]:
+    """Write `best_params.yaml` into the study's folder, if that can be written; return what to say, and the content.
 
     Of one value, it describes the winner; of several, `front` is a list of such descriptions. `draw` is the command
     that draws with all of it, guidance too; `use` loads an adapter into a plain pipeline of diffusers, where that can.
@@ -111,13 +110,19 @@ def write_best(spec: StudySpec, winners: Sequence[TrialView]) -> tuple[Path, Map
     content = described[0] if len(spec.objective.names) == 1 else {"front": described}
     path = spec.root / "best_params.yaml"
     plain = json.loads(json.dumps(content))
-    write_atomically(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-    return path, plain
+    try:
+        write_atomically(path, dump(plain))
+    except OSError as error:
+        return f"not written: {path}: {error.strerror}", plain
+    return f"written: {path}", plain
 
 
 def _described(spec: StudySpec, winner: TrialView) -> dict[str, Any]:
     result = winner.run.read_result()
-    scores = result.scores if result else {}
+    if result is None:
+        raise StorageError(
+            f"{winner.run.result}: no such file; expected the scores of trial {winner.number}; restore it"
+        )
     values = dict(zip(spec.objective.names, winner.values or (), strict=True))
     adapter = winner.run.adapter
     loads = {"use": f"pipeline.load_lora_weights({str(adapter)!r})"} if (adapter / LORA_FILE).is_file() else {}
@@ -126,7 +131,7 @@ def _described(spec: StudySpec, winner: TrialView) -> dict[str, Any]:
         **(values if len(values) == 1 else {"values": values}),
         "params": winner.params,
         "scores": {
-            name: {"mean": score.mean, "standard_error": score.standard_error} for name, score in scores.items()
+            name: {"mean": score.mean, "standard_error": score.standard_error} for name, score in result.scores.items()
         },
         "adapter": str(adapter),
         "frozen_trial": str(winner.run.trial),

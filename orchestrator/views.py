@@ -6,9 +6,8 @@ import hashlib
 from datetime import UTC
 from typing import TYPE_CHECKING
 
-import yaml
-
 from orchestrator.tracker import Evidence, StudyView, TrialView
+from orchestrator.yaml import dump
 from trainers.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def run_dir(root: Path, number: int) -> RunDir:
 
 def study_view(spec: StudySpec, study: optuna.Study, evidence: Evidence | None = None) -> StudyView:
     """What does not change while a study runs, and what was found out at its end."""
-    text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = dump(spec.model_dump(mode="json"))
     known: list[dict[str, str]] = study.user_attrs.get("versions", [])
     tags = {f"version.{package}": version for package, version in known[-1].items()} if known else {}
     if len(known) > 1:

@@ -55,6 +55,21 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever another version of YAML would not read as text: `1e5` is a number here, and `no` is not."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+    for first in yaml.SafeDumper.yaml_implicit_resolvers | _Loader.yaml_implicit_resolvers
+}
+
+
+def dump(tree: object) -> str:
+    """`tree` as a study file, which means the same here and to every reader of YAML."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def load(path: Path, sets: Iterable[str] = ()) -> Document:
     """Read `path` and, first, every file it extends; then apply each `dotted.path=value` of `sets`.
 

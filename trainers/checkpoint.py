@@ -55,7 +55,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         log.warning("%s is corrupt; falling back from step %d to the checkpoint before it", path, step)
     if found:
         raise CheckpointError(
-            f"{folder}: none of {len(found)} checkpoints is intact; remove the folder to start this trial over"
+            f"{folder}: none of {len(found)} checkpoints is intact; expected one to go on from; without the folder "
+            "training begins anew"
         )
     return None
 

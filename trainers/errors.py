@@ -1,16 +1,22 @@
 """Every error a user can cause. Programmer errors stay `assert` and `TypeError`."""
 
+import re
+
+_PASSWORD = re.compile(r"(:/{1,2}[^\s/:@'\"]*:)[^\s@'\"]+@")
+"""In an address, wherever a message quotes one."""
+
 
 class ProjectError(Exception):
     """Root of the project's errors: the CLI prints `str(error)` without a traceback and exits with code 2.
 
     A message says what is wrong, where (file and dotted path), what was got, what was expected, and what to do. It is
-    one line, whatever keys and texts it quotes: control characters are escaped, so that none reaches a terminal.
+    one line, whatever keys and texts it quotes: control characters are escaped, so that none reaches a terminal, and a
+    password in an address is masked.
     """
 
     def __init__(self, message: str = "") -> None:
         line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in message.replace("\n", " "))
-        super().__init__(line)
+        super().__init__(_PASSWORD.sub(r"\1***@", line))
 
 
 class ConfigError(ProjectError):

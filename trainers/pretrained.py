@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import Field
+from pydantic import BaseModel, Field, TypeAdapter
 from typing_extensions import override
 
 from trainers.backbone import BackboneConfig
@@ -221,7 +221,7 @@ class PretrainedConfig(BackboneConfig):
             raise ModelError(f"{self.folder(component)}/config.json: _class_name is {found!r}, expected {expected!r}")
         for file in self.weight_files(component):
             if file.suffix == ".safetensors":
-                _check_size(file)
+                read_header(file)
 
     def _network_files(self, component: str) -> tuple[Path, ...]:
         return (self.folder(component) / "config.json", *self.weight_files(component))
@@ -265,7 +265,11 @@ def _weights(folder: Path, name: str) -> tuple[Path, ...]:
     index = folder / ".".join(filter(None, [stem, "safetensors.index", variant, "json"]))
     if not index.is_file():
         return ()
-    shards = tuple(folder / shard for shard in sorted(set(read_json(index)["weight_map"].values())))
+    try:
+        listed = _SHARDS.validate_python(read_json(index).get("weight_map"))
+    except ValueError as error:
+        raise ModelError(f"{index}: got no weight_map from names to files; download it again") from error
+    shards = tuple(folder / shard for shard in sorted(set(listed.values())))
     missing = [shard for shard in shards if not shard.is_file()]
     if len(missing) == len(shards):
         # Whoever fetches one precision gets the index of the other, too.
@@ -275,32 +279,39 @@ def _weights(folder: Path, name: str) -> tuple[Path, ...]:
     return (index, *shards)
 
 
-def _header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where a safetensors file's numbers begin, and what its header says of them: a length, then JSON.
+class _Tensor(BaseModel):
+    """What a safetensors file's header says of one."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+_TENSORS, _SHARDS = TypeAdapter(dict[str, _Tensor]), TypeAdapter(dict[str, str])
+
+
+def read_header(file: Path) -> dict[str, _Tensor]:
+    """What the header of a whole safetensors file says of its numbers: a length, then JSON.
 
     Raises:
-        ModelError: It has no such header.
+        ModelError: It has no such header, or its end is missing.
     """
+    found = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         try:
-            tensors: dict[str, Any] = json.loads(stream.read(min(length, file.stat().st_size)))
-        except ValueError as error:
+            header = json.loads(stream.read(min(length, found)))
+            tensors = _TENSORS.validate_python({name: header[name] for name in header if name != "__metadata__"})
+        except (ValueError, TypeError, RecursionError) as error:
             raise ModelError(f"{file}: not a safetensors file; download it again") from error
-    tensors.pop("__metadata__", None)
-    return 8 + length, tensors
-
-
-def _check_size(file: Path) -> None:
-    """Raise ModelError if the end of a safetensors file is missing."""
-    start, tensors = _header(file)
-    expected = start + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    if (found := file.stat().st_size) < expected:
+    expected = 8 + length + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
+    if found < expected:
         raise ModelError(f"{file}: {found} bytes, expected {expected}; download it again")
+    return tensors
 
 
 def read_shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every weight in a safetensors file; old text encoders also list positions, which are not."""
-    for name, entry in _header(file)[1].items():
-        if "F" in entry["dtype"]:
-            yield name, tuple(entry["shape"])
+    for name, tensor in read_header(file).items():
+        if "F" in tensor.dtype:
+            yield name, tensor.shape

@@ -52,12 +52,12 @@ def show(spec: StudySpec) -> None:
     trials = read_trials(spec)
     winners = won(spec, trials)
     if len(spec.objective.names) > 1:
-        path, _ = write_best(spec, winners)
+        said, _ = write_best(spec, winners)
         out.print(status_table(spec, winners, f"{spec.name}: no trial is better than one of these in every value"))
-        out.print(f"written: {path}", soft_wrap=True, markup=False)
+        out.print(said, soft_wrap=True, markup=False)
         return
     winner, value = winning_trial(spec, trials)
-    path, content = write_best(spec, [winner])
+    said, content = write_best(spec, [winner])
     out.print(f"trial {winner.number} is best: value {value:.6g}", style="bold")
     for name, chosen in content["params"].items():
         out.print(f"  {name}: {chosen:.4g}" if isinstance(chosen, float) else f"  {name}: {chosen}")
@@ -68,7 +68,7 @@ def show(spec: StudySpec) -> None:
     for key in ("adapter", "draw", "use"):
         if key in content:
             out.print(f"{key + ':':8} {content[key]}", soft_wrap=True, markup=False)
-    out.print(f"written: {path}", soft_wrap=True, markup=False)
+    out.print(said, soft_wrap=True, markup=False)
 
 
 def _confirmed(spec: StudySpec, trials: Sequence[TrialView]) -> Iterator[str]:

@@ -48,9 +48,9 @@ def _with_adapter(member: Member, spec: StudySpec) -> StudySpec:
 
 
 def _show_first(spec: StudySpec) -> None:
-    import yaml
+    from orchestrator.yaml import dump
 
-    frozen = yaml.safe_dump(spec.resolve(spec.defaults()).model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    frozen = dump(spec.resolve(spec.defaults()).model_dump(mode="json"))
     out.print("first trial, the study's own defaults:", style="bold")
     out.print(Syntax(frozen, "yaml", background_color="default", word_wrap=True))
 

@@ -30,8 +30,9 @@ _IDLE_SHARE = 0.1
 """Of a device's memory; drivers keep some even if nobody uses it."""
 _SHUTDOWN_SECONDS = 10
 """Between asking a job to stop and killing it; torchrun itself would wait for 30 s."""
-_EXEC_SECONDS = 1.0
-"""That a process may take to become another program."""
+_LOOK_SECONDS = 0.01
+_EXEC_SECONDS = 5.0
+"""That a process may take to become another program on a busy machine."""
 
 
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -94,7 +95,10 @@ class LocalLauncher(Launcher):
             return super().begin(job)
         with Path(tempfile.gettempdir(), f"tuning-devices-{os.getuid()}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # else two studies could see the same device free at once
-            return super().begin(job)
+            job_id = super().begin(job)
+            if job_id:
+                _wait_until_seen(int(job_id.partition(":")[0]))
+            return job_id
 
     def _free_gpus(self) -> list[int]:
         used, taken = gpu_shares(), _given("CUDA_VISIBLE_DEVICES")
@@ -278,9 +282,18 @@ def _lives(pid: int, token: str) -> bool:
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         while not _variables(process) and process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
-            time.sleep(_EXEC_SECONDS / 100)
+            time.sleep(_LOOK_SECONDS)
         return _has_token(process, token)
     return False
+
+
+def _wait_until_seen(pid: int) -> None:
+    """Until a job's first process has become torchrun, whose environment says for good which devices it has."""
+    deadline = time.monotonic() + _EXEC_SECONDS
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        while lead.LEAD not in _variables(process) and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
 
 
 def _has_token(process: psutil.Process, token: str) -> bool:

@@ -13,7 +13,7 @@ from typing_extensions import override
 from orchestrator.database import SqliteDatabase, check_url, open_database, sqlite_url
 from orchestrator.server import HOST, choose_port, running
 from orchestrator.tracker import StudyView, Tracker, TrialView
-from trainers.errors import TrackerError
+from trainers.errors import ConfigError, TrackerError
 
 if TYPE_CHECKING:
     from orchestrator.mlflow_mirror import Mirror
@@ -73,6 +73,8 @@ class MlflowTracker(Tracker):
     def serve(self, name: str, root: Path, port: int, say: Callable[[str], None]) -> None:
         from orchestrator.mlflow_mirror import find_experiment, store_errors
 
+        if not root.is_dir():
+            raise ConfigError(f"{root}: got no study {name!r}; expected one that has begun; run it first")
         store = self._store(root)
         try:
             experiment = find_experiment(store, name, self._artifacts(root))

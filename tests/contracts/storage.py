@@ -3,6 +3,7 @@
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportOptionalMemberAccess=false
 
+import math
 import os
 import subprocess
 import sys
@@ -43,6 +44,13 @@ def opened_elsewhere(folder: Path, *sets: str) -> "subprocess.Popen[str]":
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", HOLD, str(folder), *sets], env=environment, text=True, **pipes)
+
+
+def contents(study: optuna.Study) -> list[str]:
+    """Of its trials, as text: undefined numbers are not equal otherwise."""
+    return [
+        repr((t.number, t.state, t.values, t.params, sorted(t.user_attrs.items()), t.constraints)) for t in study.trials
+    ]
 
 
 class StorageContract:
@@ -115,13 +123,14 @@ class StorageContract:
         first, _, third = study.ask(), study.ask(), study.ask()
         study.tell(first, 0.25)
         Controller(spec, study)._fail(third, RunError(reason="nan", message="loss"))
+        study.ask().set_user_attr("undefined", math.nan)  # as the reports of a trial whose score has no value
         identity = study.user_attrs
-        before = [(t.number, t.state, t.values, t.params, t.user_attrs, t.constraints) for t in study.trials]
+        before = contents(study)
         close(study)
-        assert move_study(spec, other_url) == 3
+        assert move_study(spec, other_url) == 4
         moved = spec.model_copy(update={"storage": other_url})
         again = open_study(moved)
-        assert [(t.number, t.state, t.values, t.params, t.user_attrs, t.constraints) for t in again.trials] == before
+        assert contents(again) == before
         assert identity.items() <= again.user_attrs.items()
         close(again)
         assert not has_study(spec)

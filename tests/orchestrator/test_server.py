@@ -1,6 +1,7 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +12,7 @@ from orchestrator.__main__ import main
 from orchestrator.server import HOST, choose_port, running
 from orchestrator.trackers.mlflow import MlflowTracker
 from orchestrator.trackers.none import NoTracker
+from tests.contracts.launcher import wait_for
 from trainers.errors import ConfigError, TrackerError
 
 SERVE = [sys.executable, "-m", "http.server", "--bind", HOST]
@@ -55,6 +57,15 @@ def test_sigterm_ends_the_block_as_ctrl_c_does(port: int, tmp_path: Path) -> Non
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_server_ends_with_a_process_that_is_killed(port: int) -> None:
+    serve = f"with running({[*SERVE, str(port)]}, {{}}, 'http://{HOST}:{port}/'): input()"
+    words = [sys.executable, "-c", f"from orchestrator.server import running\n{serve}"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as owner:
+        wait_for(lambda: choose_port(port) != port)
+        owner.kill()
+    wait_for(lambda: choose_port(port) == port)
+
+
 def test_a_study_without_a_tracker_has_no_pages(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has kind 'none'"):
         NoTracker().serve("zog", tmp_path, 5000, print)
@@ -64,7 +75,7 @@ def test_a_store_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     store = tmp_path / "mlflow.db"
     store.write_bytes(b"this is not a data base, however long one looks at it" * 100)
     with pytest.raises(TrackerError, match=r"mlflow\.db: cannot be opened"):
-        MlflowTracker(uri=f"sqlite:///{store}").serve("zog", tmp_path / "zog", 5000, print)
+        MlflowTracker(uri=f"sqlite:///{store}").serve("zog", tmp_path, 5000, print)
 
 
 def test_pages_of_a_server_that_already_runs_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,3 +90,8 @@ def test_a_port_that_does_not_exist_is_refused(port: str, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         main(["ui", "study.yaml", "--port", port])
     assert f"argument --port: got {port!r}; expected a whole number from 0 to 65535" in capsys.readouterr().err
+
+
+def test_a_study_that_never_ran_has_no_pages(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected one that has begun"):
+        MlflowTracker().serve("zog", tmp_path / "zog", 5000, print)

@@ -16,6 +16,8 @@ from orchestrator.spec import StudySpec, load_study
 from orchestrator.storage import open_study
 from orchestrator.trackers.mlflow import MlflowTracker
 from tests.contracts.storage import ROOT, StorageContract, close, opened_elsewhere, wait_until_open
+from tests.integration.crash import disk
+from tests.integration.schedule import remount
 from tests.orchestrator.postgresql import Server, running_server
 from tests.orchestrator.studies import build_world, load
 from tests.orchestrator.views import FakeStudy
@@ -135,6 +137,7 @@ class TestPostgresql(StorageContract):
         ("postgresql://host/db?user=me&password=canary-7f3a", "PGPASSWORD"),
         ("mysql://me:canary-7f3a@host/db", "PGPASSWORD"),
         ("sqlite:///study.db", "sqlite:////folder"),
+        ("postgresql:/me:canary-7f3a@host/db", "expected sqlite"),
         ("mysql://me@host/db", "expected sqlite"),
         ("study.db", "expected sqlite"),
     ],
@@ -146,6 +149,18 @@ def test_a_database_s_address_is_checked_when_the_study_is_read(tmp_path: Path, 
     assert "canary-7f3a" not in str(refusal.value)
     with pytest.raises(ValidationError, match=message):
         MlflowTracker(uri=url)
+
+
+def test_a_finished_study_is_read_where_nothing_can_be_written(tmp_path: Path):
+    with disk(tmp_path / "study") as is_mounted:
+        if not is_mounted:
+            pytest.skip("no disk can be mounted here; run as root")
+        spec = load(tmp_path / "study")
+        study = open_study(spec)
+        study.tell(study.ask(), 0.25)
+        close(study)
+        remount(tmp_path / "study", "ro")
+        assert [view.values for view in read_trials(spec)] == [[0.25]]
 
 
 @pytest.mark.parametrize("name", ["what?", "20%20", "a#b", "猫 ü"])

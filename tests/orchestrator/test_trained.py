@@ -161,6 +161,12 @@ class TestFinishedAdapter:
         with pytest.raises(ModelError, match="trained on the model"):
             self.check(make_trial(adapter=adapter))
 
+    def test_that_is_cut_is_refused(self, make_trial, adapter):
+        content = (adapter / LORA).read_bytes()
+        (adapter / LORA).write_bytes(content[: len(content) // 2])
+        with pytest.raises(ModelError, match="bytes, expected"):
+            self.check(make_trial(adapter=adapter))
+
     def test_that_is_missing_is_refused(self, make_trial, tmp_path):
         with pytest.raises(ModelError, match="gone: no such folder"):
             self.check(make_trial(adapter=tmp_path / "gone"))

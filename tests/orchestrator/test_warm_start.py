@@ -2,7 +2,9 @@
 
 # pyright: basic
 
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,15 @@ def test_what_differs_is_said_and_run_again(cluster: Cluster, earlier: StudySpec
         "warm start: 4 are run again, because train.steps was 300 and is 500 in one of them",
         "warm start: 1 left out, because it was not scored",
     ]
+
+
+def test_pictures_that_were_changed_since_are_said_and_the_trials_run_again(cluster: Cluster, earlier: StudySpec):
+    (pictures := earlier.trial.train.data.path).mkdir()
+    (pictures / "0.png").write_bytes(b"another picture")
+    os.utime(pictures / "0.png", (time.time() + 60,) * 2)
+    found = find_beginning(later(earlier))
+    assert [one.run for one in found.trials] == [None] * len(found.trials)
+    assert any("train.data.path was changed after the trial began" in note for note in found.notes), found.notes
 
 
 def test_trials_outside_of_a_narrower_search_are_left_out(earlier: StudySpec):

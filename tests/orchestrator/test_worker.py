@@ -145,7 +145,9 @@ def test_scoring_models_are_opened_once_for_a_trials_reports_and_its_end(
 
     cpu = torch.device("cpu")
     method = SimpleNamespace(
-        model=SimpleNamespace(device=cpu), held_out=(ROOT / "studies" / "data" / "zog" / "00.png",)
+        model=SimpleNamespace(device=cpu),
+        backbone=SimpleNamespace(device=cpu),
+        held_out=(ROOT / "studies" / "data" / "zog" / "00.png",),
     )
     alone = {"process_index": 0, "num_processes": 1, "is_main_process": True, "device": cpu}
     accelerator = SimpleNamespace(**alone, autocast=nullcontext, end_training=lambda: None)

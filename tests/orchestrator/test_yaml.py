@@ -1,8 +1,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
-from orchestrator.yaml import load, merge
+from orchestrator.yaml import dump, load, merge
 from trainers.errors import ConfigError
 
 
@@ -136,3 +137,16 @@ def test_a_set_without_path_and_value_is_refused(tmp_path: Path, assignment: str
 def test_a_bad_value_of_set_names_the_assignment(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"--set a=\[1: got .*; expected valid YAML"):
         load(write(tmp_path, "a: 1"), ["a=[1"])
+
+
+@pytest.mark.parametrize("value", ["1e5", "1e-4", "0o17", "no", "12:30", "0x1f", "null", "", "2026-01-01", 1e-5, 12])
+def test_what_is_written_is_read_as_it_was_here_and_by_every_reader(tmp_path: Path, value: object):
+    (tmp_path / "study.yaml").write_text(dump({"value": value}))
+    assert load(tmp_path / "study.yaml").tree == {"value": value}
+    assert yaml.safe_load((tmp_path / "study.yaml").read_text()) == {"value": value}
+
+
+def test_a_message_masks_the_password_of_an_address_that_it_quotes():
+    assert str(ConfigError("storage: got ['postgresql://me:secret@host/db']")) == (
+        "storage: got ['postgresql://me:***@host/db']"
+    )

@@ -4,6 +4,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -95,7 +96,8 @@ def test_what_is_exported_and_drawn_is_the_average(train, kind):
     request = Request(Prompt(text="a dax"), 2)
     (sample,) = generate(method.backbone, [request], config)
     drawn = Image.open(run.path / events(run, "samples")[-1]["files"][3])
-    assert drawn.tobytes() == sample.image.tobytes()
+    levels = np.abs(np.asarray(drawn, dtype=int) - np.asarray(sample.image, dtype=int))
+    assert levels.max() <= 1, "it was drawn in a batch of several, which rounds differently on some processors"
 
 
 RESUMED = {

@@ -93,7 +93,7 @@ def _list_pictures(folder: Path) -> tuple[Path, ...]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected a folder of pictures ({', '.join(SUFFIXES)})")
     names = (file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
-    files = tuple(sorted(names))
+    files = tuple(sorted(file for file in names if file.is_file() or not file.exists()))  # a broken link is said later
     if not files:
         raise DataError(f"{folder}: no pictures; expected files that end in {', '.join(SUFFIXES)}")
     return files

@@ -245,14 +245,19 @@ def test_a_device_that_shares_the_machines_memory_is_none_of_those_with_memory_o
 
 def test_two_studies_that_look_at_once_do_not_get_the_same_device(memory: Path, tmp_path: Path):
     memory.write_text("".join(f"{index}, 300, 16384\n" for index in range(40, 44)))
-    launcher, jobs = ScriptLauncher(gpus_per_trial=1), [waiting(tmp_path / name) for name in "abcdef"]
-    for job in jobs:
-        job.run_dir.mkdir()
+    (tmp_path / "behaviour.txt").write_text("hang")
+    folders = [tmp_path / "trials" / name for name in "abcdef"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    launcher = ScriptLauncher(gpus_per_trial=1)
+    jobs = [Job("tests.orchestrator.fake_worker", (str(folder),), folder) for folder in folders]
     with ThreadPoolExecutor(len(jobs)) as threads:
         started = [job_id for job_id in threads.map(launcher.begin, jobs) if job_id]
-    given = [psutil.Process(int(job_id.partition(":")[0])).environ()["CUDA_VISIBLE_DEVICES"] for job_id in started]
-    for job_id in started:
-        launcher.cancel(job_id)
+    try:
+        given = [psutil.Process(int(job_id.partition(":")[0])).environ()["CUDA_VISIBLE_DEVICES"] for job_id in started]
+    finally:
+        for job_id in started:
+            launcher.cancel(job_id)
     assert sorted(given) == ["40", "41", "42", "43"]
 
 
