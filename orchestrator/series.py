@@ -23,8 +23,12 @@ WINNER = "winner.json"
 """In a study's folder, once it has ended, until it is run again."""
 _BEFORE = ("name", "output", "foreach", "stages")
 """Keys of a file of stages that are not handed on to each of them."""
-_ENDS = {"limits": {"trials", "hours", "gpu_hours", "target", "patience"},
-         **dict.fromkeys(("sampler", "confirm_seeds", "confirm_top"), True)}  # fmt: skip
+_ENDS: Any = {
+    "limits": {"trials", "hours", "gpu_hours", "target", "patience"},
+    "sampler": True,
+    "confirm_seeds": True,
+    "confirm_top": True,
+}
 """What says when a study ends."""
 
 
