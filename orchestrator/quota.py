@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,8 @@ class Quota:
 
     def _delete(self, trial: TrialView) -> None:
         if freed := self._sizes[trial.number]:
-            shutil.rmtree(trial.run.checkpoints, ignore_errors=not trial.run.checkpoints.exists())  # someone was faster
+            with suppress(FileNotFoundError):  # someone deleted them by hand
+                shutil.rmtree(trial.run.checkpoints)
             log.info("trial %d: its checkpoints are deleted, %.3g MiB", trial.number, freed / 2**20)
             self._sizes[trial.number] = 0
 

@@ -45,17 +45,16 @@ class Reports:
     def prune(self, trial: Trial) -> bool:
         """Whether the trial is to be ended; each report is judged once, in the order of their steps.
 
-        Of several values, the pruner must condemn the trial by each on its own, and another must have been better in
-        all of them at that step: whoever may still be on the front goes on. Trials that break a bound are nobody's
+        Of several values, the pruner must condemn the trial by each on its own, and another must have been no worse in
+        any of them at that step: whoever may still be on the front goes on. Trials that break a bound are nobody's
         yardstick.
         """
         if not self._spec.pruner.needs_reports or trial.number not in self._undecided:
             return False
         self._undecided.discard(trial.number)
-        own = self._frozen(trial)
-        others = [
-            other for other in self._study.get_trials(deepcopy=False) if other is not own and _keeps_bounds(other)
-        ]
+        trials = self._study.get_trials(deepcopy=False)
+        own = trials[trial.number]
+        others = [other for other in trials if other.number != own.number and _keeps_bounds(other)]
         judged = own.user_attrs.get(_JUDGED, -1)
         for step in sorted(step for step in map(int, own.user_attrs.get(_REPORTS, {})) if step > judged):
             if self._condemns(own, others, step):
